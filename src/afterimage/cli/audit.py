@@ -112,7 +112,6 @@ class Audit:
 
     def resolved(self) -> AuditConfig:
         """Return the settings of the file, or the defaults, overridden by the options of the command line."""
-
         # Without a file the class stands for its own defaults.
         base = AuditConfig if self.config is None else load_toml(AuditConfig, self.config)
         attackers = given(
@@ -139,7 +138,6 @@ class Audit:
 
     def _check_used(self, config: AuditConfig) -> None:
         """Check that every given option has an effect on this audit."""
-
         of_network = ("data", "test", "size", "resize", "limit_test", "weights", "prediction")
         for name in given(self, *of_network) if config.pairs else ():
             why = "stored features have their images and no network"

@@ -12,6 +12,7 @@ from afterimage.cli.output import check_png, print_numbers, table
 from afterimage.cli.report import find_named
 from afterimage.config import shown
 from afterimage.runs.files import write_atomic
+from afterimage.runs.repository import PREFIX
 from afterimage.runtime.terminal import say
 
 
@@ -45,7 +46,7 @@ class Compare:
             return records(read_rows(find_named(names)))
 
         file, name = self.atlas, shown(self.atlas)
-        if str(file).startswith("hub:"):
+        if str(file).startswith(PREFIX):
             from afterimage.models.hub import pull_table
 
             file, name = pull_table(str(file))

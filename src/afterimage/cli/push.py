@@ -14,6 +14,7 @@ from afterimage.cli.options import flag
 from afterimage.cli.report import find_runs
 from afterimage.config import AfterimageError, counted, shown
 from afterimage.runs.files import write_atomic
+from afterimage.runs.repository import PREFIX
 from afterimage.runs.run import Run
 from afterimage.runtime.terminal import say
 
@@ -93,7 +94,7 @@ class Push:
 
         from huggingface_hub.constants import ENDPOINT
 
-        from afterimage.models.hub import PREFIX, collect, upload
+        from afterimage.models.hub import collect, upload
 
         commit = upload(files, self.to, private=self.private, kind=kind)
         if self.dataset:

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from afterimage.config import AfterimageError, shown
+from afterimage.runs.repository import PREFIX
 from afterimage.runs.run import Run, check_folder, scan
 from afterimage.runtime.terminal import Display, say
 
@@ -63,7 +64,7 @@ def find_runs(folders: tuple[Path, ...]) -> list[Run]:
 
 def find_named(names: tuple[str, ...]) -> list[Run]:
     """Find the runs in folders, as `find_runs` does, and all decoders at addresses of the hub (`hub:USER/NAME`)."""
-    addresses = [name for name in names if name.startswith("hub:")]
+    addresses = [name for name in names if name.startswith(PREFIX)]
     folders = tuple(Path(name) for name in names if name not in addresses)
     runs = find_runs(folders) if folders or not addresses else []
     if addresses:

@@ -11,6 +11,7 @@ from afterimage.config.errors import (
     MAX_SIDE,
     MAX_STEPS,
     AfterimageError,
+    check_choice,
     check_positive,
     check_range,
     counted,

@@ -242,6 +242,11 @@ class RunConfig(HashedConfig):
                 )
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """Networks of the sources, `[provider/]model` each."""
+        return tuple(dict.fromkeys(split_source(source)[0] for source in self.sources))
+
+    @property
     def name(self) -> str:
         """Name of the run folder: a readable slug and the first eight digits of the hash."""
         parts = [*self.sources, self.decoder.name]

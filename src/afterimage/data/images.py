@@ -152,9 +152,8 @@ class ImageSet:
         device = torch.device(device)
         if device.type == "cpu":
             images = np.empty((len(crops), 3, *self.size), np.float32)
-            for image, crop in zip(
-                images, crops, strict=True
-            ):  # one by one: each stays in the processor's cache
+            # One by one: each stays in the processor's cache.
+            for image, crop in zip(images, crops, strict=True):
                 np.divide(crop, np.float32(255), out=image, dtype=np.float32)
             return torch.from_numpy(images)
         pixels = torch.from_numpy(np.stack(crops) if crops else np.empty((0, 3, *self.size), np.uint8))

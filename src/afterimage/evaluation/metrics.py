@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from afterimage.config import LPIPS_NETS, LPIPS_SMALLEST, SSIM_WINDOW, AfterimageError, unknown
+from afterimage.config import LPIPS_NETS, LPIPS_SMALLEST, SSIM_WINDOW, AfterimageError, check_choice
 from afterimage.models.lpips import LPIPS, find_lpips_weights
 from afterimage.runs.results import METRICS, LpipsStatus
 
@@ -177,8 +177,7 @@ class Metrics:
     def __init__(
         self, lpips_net: str = "alex", *, weights: str | Path = "pretrained", size: int | None = None
     ) -> None:
-        if lpips_net not in LPIPS_NETS:
-            raise unknown("LPIPS network", lpips_net, LPIPS_NETS)
+        check_choice("LPIPS network", lpips_net, LPIPS_NETS)
         self.lpips: LPIPS | None = None
         self.lpips_status = LpipsStatus(lpips_net)
         smallest = LPIPS_SMALLEST[lpips_net]

@@ -90,7 +90,7 @@ def evaluate_run(
     """Measure a finished run's decoder on test images, in the precision of its training, as its own scores were.
 
     If the test images have a source of their own, no others are read. A run of precision 16-mixed is measured in
-    float32 on devices other than GPUs, which lack it; `progress` then says so.
+    float32 on a CPU, which lacks it; `progress` then says so.
 
     Args:
         run: the run
@@ -108,7 +108,7 @@ def evaluate_run(
     if test is not None:
         data = replace(data, test=test, limit_test=None)
     precision = run.config.recipe.precision
-    if precision == "16-mixed" and not device.startswith("cuda"):
+    if precision == "16-mixed" and torch.device(device).type == "cpu":
         progress("measured in float32: the run's own precision, 16-mixed, needs a GPU", 1, 1)
         precision = "32-true"
     reconstruct = reconstruct_in(precision, run, weights=weights, device=device)

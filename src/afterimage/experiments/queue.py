@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from afterimage.config import RANDOM_WEIGHTS, AfterimageError, DataConfig, RunConfig, listed, split_source
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, DataConfig, RunConfig, listed
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
 from afterimage.experiments.joint_run import JointRun, StudyContext
@@ -119,8 +119,8 @@ def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
     """
     found: dict[tuple, dict[Key, RunConfig]] = {}
     for run, config in runs:
-        models = frozenset(split_source(source)[0] for source in config.sources)
         recipe = replace(config.recipe, epochs=1, learning_rate=1.0, weight_decay=0.0, loss="mse")
+        models = frozenset(config.models)
         shared = (models, config.weights, config.features, config.data, config.seed, config.lpips, recipe)
         found.setdefault(shared, {})[run] = config
     return list(found.values())
@@ -333,10 +333,9 @@ class _Worker:
 
     def _has_weights(self, config: RunConfig) -> bool:
         """Return whether the weights of a run's encoders are found: without them all rows fail, after a slow look."""
-        models = dict.fromkeys(split_source(source)[0] for source in config.sources)
         try:
             with self.claims.ranks.raise_on_all_ranks():
-                check_weights(models if config.features is None else (), config.weights)
+                check_weights(config.models if config.features is None else (), config.weights)
             return True
         except Exception as error:
             if concerns(error) == EVERYTHING:

@@ -19,7 +19,6 @@ from afterimage.config import (
     absolute_weights,
     listed,
     shown,
-    split_source,
 )
 from afterimage.data.dataset import load_data, load_test
 from afterimage.data.images import Data, ImageSet
@@ -225,8 +224,7 @@ def _decoded(
         if config.features is not None and not weights:
             open_features(config.features, progress)
         else:
-            models = dict.fromkeys(split_source(source)[0] for source in config.sources)
-            check_weights(models, absolute_weights(weights or config.weights))
+            check_weights(config.models, absolute_weights(weights or config.weights))
     except AfterimageError as error:
         raise _Missing(str(error)) from None
     reconstruct = reconstruct_in(config.recipe.precision, run, weights=weights, device=device)

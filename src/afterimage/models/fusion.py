@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, listed, unknown
+from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, check_choice, listed
 from afterimage.models.decoders.base import ClosedForm
 from afterimage.models.decoders.canvas import Canvas, Span, seen_box
 from afterimage.models.decoders.linear import LinearDecoder
@@ -323,8 +323,7 @@ def create_fusion(
     Raises:
         AfterimageError: the name is unknown, or the maps do not suit the fusion
     """
-    if config.name not in FUSIONS:
-        raise unknown("fusion", config.name, FUSIONS)
+    check_choice("fusion", config.name, FUSIONS)
     if len(specs) == 1:
         return None
     finest = max(specs, key=lambda spec: spec.locations)

@@ -17,6 +17,7 @@ from afterimage.runs.repository import (
     FILES,
     LIBRARY,
     MANIFEST,
+    PREFIX,
     SCORES_TABLE,
     TABLE,
     Manifest,
@@ -26,8 +27,6 @@ from afterimage.runs.repository import (
 from afterimage.runs.run import Run
 from afterimage.runtime.hub import ask_soon, busy
 
-PREFIX = "hub:"
-"""Optional prefix of a decoder's address on the hub, which distinguishes it from a folder."""
 SPELLING = (
     "hub:USER/NAME, of a repository with several decoders hub:USER/NAME/DECODER, with @REVISION if need be"
 )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import LPIPS_SMALLEST, AfterimageError, listed, unknown
+from afterimage.config import LPIPS_SMALLEST, AfterimageError, check_choice, listed
 from afterimage.models.weight_files import read_named_tensors
 from afterimage.models.weights import FOLDER, Weights, best_match, search_weights
 
@@ -126,8 +126,7 @@ def find_lpips_weights(net: str, weights: str | Path = "pretrained") -> Weights:
     """
     from torchvision.models import get_model_weights
 
-    if net not in BACKBONES:
-        raise unknown("LPIPS network", net, BACKBONES)
+    check_choice("LPIPS network", net, BACKBONES)
     name = BACKBONES[net][0]
     stem, url = f"{name}.torchvision", get_model_weights(name).IMAGENET1K_V1.url
     # No command has an option for these weights: --weights is for the encoder's.

@@ -18,8 +18,9 @@ from afterimage.models.decoders.own import OwnDecoder
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import resolve
 from afterimage.models.fusion import FUSIONS, Fusion, create_fusion
-from afterimage.models.hub import PREFIX, pull
+from afterimage.models.hub import pull
 from afterimage.models.weight_files import load_decoder
+from afterimage.runs.repository import PREFIX
 from afterimage.runs.results import FeatureMap, UsedWeights
 from afterimage.runs.run import Run
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from afterimage.config import AfterimageError, split_provider, split_source
+from afterimage.config import AfterimageError, split_provider
 from afterimage.report.card import with_metadata
-from afterimage.runs.repository import CARD, LIBRARY
+from afterimage.runs.repository import CARD, LIBRARY, PREFIX
 from afterimage.runs.run import Run
 
 APP, REQUIREMENTS = "app.py", "requirements.txt"
@@ -113,7 +113,7 @@ def space_files(
         title=title, sdk=SDK, sdk_version=sdk_version(), app_file=APP, license=license, models=[name], tags=[LIBRARY],
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
     )  # fmt: skip
-    address = f"hub:{name}@{commit}"
+    address = f"{PREFIX}{name}@{commit}"
     card = [
         f"# {title}",
         "A live page: drop an image, and see what decoders make of its features.",
@@ -136,7 +136,7 @@ def space_files(
 
 def _extras(runs: Sequence[Run]) -> list[str]:
     """Return the extras of this package that the live page and the models of these runs need."""
-    models = [split_source(source)[0] for run in runs for source in run.config.sources]
+    models = [model for run in runs for model in run.config.models]
     decoders = [run.config.decoder.name for run in runs if "/" in run.config.decoder.name]
     libraries = {split_provider(model)[0] for model in (*models, *decoders)}
     known = metadata.metadata(LIBRARY).get_all("Provides-Extra") or []

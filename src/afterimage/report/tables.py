@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from afterimage.config import PROTOCOLS, unknown
+from afterimage.config import PROTOCOLS, check_choice
 from afterimage.evaluation.intervals import NAME
 from afterimage.report.format import (
     NONE,
@@ -70,8 +70,7 @@ class Table:
 
 def lay_out(rows: Rows, *, spread: str = "std") -> Table:
     """Lay out the whole table. `spread` selects what follows a mean: `std` (deviation) or `interval`."""
-    if spread not in SPREADS:
-        raise unknown("spread", spread, SPREADS)
+    check_choice("spread", spread, SPREADS)
     protocol = rows.protocol
     missing = PROTOCOLS[protocol].missing if protocol else {}
     best = {column: best_mean(rows.decoders, *column) for column in score_columns(rows.nets or ("",))}

@@ -15,11 +15,12 @@ from afterimage.config import (
     from_dict,
     listed,
     split_provider,
-    split_source,
     unknown,
 )
 from afterimage.runs.results import CONFIG, SCORES, SUMMARY
 
+PREFIX = "hub:"
+"""Optional prefix of an address on the hub, of a decoder or a data set, which distinguishes it from a folder."""
 LIBRARY = "afterimage"
 """`library_name` of a repository's card and manifest."""
 MANIFEST, CARD, IMAGE_GRID = "config.json", "README.md", "picture.png"
@@ -117,8 +118,7 @@ def check_shareable(config: RunConfig) -> None:
     Raises:
         AfterimageError: an encoder or the decoder is the owner's code or folder, or the weights are a file or folder
     """
-    models = [split_source(source)[0] for source in config.sources]
-    for model in [*models, *([config.decoder.name] if "/" in config.decoder.name else [])]:
+    for model in [*config.models, *([config.decoder.name] if "/" in config.decoder.name else [])]:
         provider, rest = split_provider(model)
         if provider == "python" or Path(rest).is_absolute():
             what = "code" if provider == "python" else "a folder"

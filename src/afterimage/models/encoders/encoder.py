@@ -47,13 +47,8 @@ class _Hook:
     """Hook that stores one layer's feature map; that of the deepest layer also ends the pass."""
 
     def __init__(self, features: list, index: int, layer: TracedLayer, roll: Callable | None, *, last: bool):
-        self.features, self.index, self.layout, self.roll, self.last = (
-            features,
-            index,
-            layer.layout,
-            roll,
-            last,
-        )
+        self.features, self.index = features, index
+        self.layout, self.roll, self.last = layer.layout, roll, last
         self.copy = layer.overwritten and not last
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -35,6 +35,7 @@ from afterimage.report.figures.style import (
     Drawing,
     drawable,
     encoder_styles,
+    error_bars,
     grid_lines,
     key,
     legend,
@@ -47,6 +48,7 @@ from afterimage.report.page.page import page_environment
 from afterimage.report.rows import grouped
 from afterimage.runs.audit import BLIND, DISTANCES, SIDE, Results
 from afterimage.runs.files import read_image, write_atomic, write_json
+from afterimage.runs.results import Interval
 from afterimage.runs.run import Run
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -241,15 +243,14 @@ def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: st
 
 def _point(axes: Axes, option: Option, leak: Leak, color: str, marker: str) -> None:
     score = option.cost["score"]
-    x, across = (option.cost["bytes"], None) if score is None else (score["estimate"], _bar(**score))
+    x, across = option.cost["bytes"], None
+    if score is not None:
+        x, across = score["estimate"], error_bars([Interval(**score)])
+    found = Interval(leak.estimate, leak.low, leak.high, leak.count)
     axes.errorbar(
-        [x], [leak.estimate], xerr=across, yerr=_bar(leak.estimate, leak.low, leak.high),
+        [x], [leak.estimate], xerr=across, yerr=error_bars([found]),
         color=color, marker=marker, ms=5.5, mfc="none", mew=1.1, elinewidth=0.7, capsize=0,
     )  # fmt: skip
-
-
-def _bar(estimate: float, low: float, high: float, count: int = 0) -> list[list[float]]:
-    return [[max(0.0, estimate - low)], [max(0.0, high - estimate)]]
 
 
 def _across(kinds: set[str]) -> str:
