@@ -23,9 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.data.dataset import cache_folder
-from afterimage.data.sampling import centre_places, crop_places, order
+from afterimage.data.sampling import centre_places, crop_places, order, split
 from afterimage.data.sources import read_source
-from afterimage.data.splits import split
 from afterimage.models.decoders import create_decoder
 from afterimage.models.encoders.encoder import Encoder
 

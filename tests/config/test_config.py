@@ -33,7 +33,7 @@ from afterimage.config import (
 from afterimage.config.audit import AttackersConfig, AuditConfig
 from afterimage.config.inversion import InversionConfig, InvertConfig
 from afterimage.config.study import StudyConfig, load_study
-from afterimage.data.sources.huggingface import expand
+from afterimage.data.sources.shards import expand
 
 words = st.text("abcdefghijklmnopqrstuvwxyz0123456789_.", min_size=1, max_size=20)
 sources = st.builds("{}:{}".format, words, words)

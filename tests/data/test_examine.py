@@ -12,7 +12,7 @@ from afterimage.analysis.inversion.run import from_files
 from afterimage.config import SSIM_WINDOW, DataConfig
 from afterimage.data import dataset
 from afterimage.data.dataset import file_notes, load_data
-from afterimage.data.examine import Facts, examine, size_notes, value_notes
+from afterimage.data.decode import Facts, examine, size_notes, value_notes
 from afterimage.data.images import Data
 from some_images import some_image, write_images
 from some_shards import image_bytes, write_tar

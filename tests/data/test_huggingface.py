@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.data.sources import huggingface, read_source
+from afterimage.data.sources import read_source, shards
 from afterimage.experiments.cost import training_images
 from some_images import write_images
 from some_shards import image_bytes, write_parquet, write_shards, write_tar
@@ -238,7 +238,7 @@ def test_patterns(tmp_path):
         (tmp_path / name).write_bytes(b"")
 
     def names(pattern):
-        return [str(path.relative_to(tmp_path)) for path in huggingface.expand(f"{tmp_path}/{pattern}")]
+        return [str(path.relative_to(tmp_path)) for path in shards.expand(f"{tmp_path}/{pattern}")]
 
     assert names("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
     assert names("{b/y,a-10}.tar") == ["b/y.tar", "a-10.tar"]

@@ -9,7 +9,7 @@ from torchvision.transforms.functional import center_crop
 
 from afterimage.config import DataConfig
 from afterimage.data.dataset import load_data, prepare_image
-from afterimage.data.examine import Facts
+from afterimage.data.decode import Facts
 from afterimage.data.images import ImageSet, gather_crops
 from afterimage.data.pixel_cache import Blob, Slot
 from afterimage.data.sampling import centre_places, crop_places, order

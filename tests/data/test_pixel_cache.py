@@ -16,7 +16,7 @@ from afterimage.config import AfterimageError, DataConfig
 from afterimage.data import pixel_cache as cache_module
 from afterimage.data import records
 from afterimage.data.dataset import cache_folder, load_data
-from afterimage.data.examine import Facts
+from afterimage.data.decode import Facts
 from afterimage.data.images import Data
 from afterimage.data.pixel_cache import map_blob
 from afterimage.data.records import FileDigests, FileOriginal

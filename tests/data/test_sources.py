@@ -14,12 +14,12 @@ from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.decode import BadImage
 from afterimage.data.records import FileDigests, FileOriginal, Original, PartOriginal
+from afterimage.data.sampling import Source, shuffled, split, take
 from afterimage.data.sources import dead_leaves as procedural
 from afterimage.data.sources import read_source
 from afterimage.data.sources.dead_leaves import DeadLeaves, dead_leaves
 from afterimage.data.sources.folder import read_folder
 from afterimage.data.sources.sample_images import read_photographs
-from afterimage.data.splits import Source, shuffled, split, take
 from some_images import some_image, write_images
 from source_contract import SourceContract
 

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save, save_file
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
-from afterimage.models import hub_files
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import open_network, resolve
 from afterimage.models.encoders.providers.timm import pretrained_config, resolve_model
@@ -24,6 +23,7 @@ from afterimage.models.encoders.tracing import list_layers
 from afterimage.models.lpips import find_lpips_weights
 from afterimage.models.weight_files import read_named_tensors
 from afterimage.models.weights import Weights, best_match, file_digest
+from afterimage.runtime.hub import repository_config
 
 MODEL = "resnet18.tv_in1k"
 MISSING = 404, {"X-Error-Code": "EntryNotFound"}
@@ -435,7 +435,7 @@ def repository(monkeypatch, serve):
 def clear():
     from afterimage.models.encoders.providers import timm as build
 
-    for function in (resolve_model, hub_files.repository_config, build._repository):
+    for function in (resolve_model, repository_config, build._repository):
         function.cache_clear()
 
 

@@ -20,7 +20,6 @@ from afterimage.config.errors import (
     shown,
     unknown,
 )
-from afterimage.config.features import Axis, FeatureSpec
 from afterimage.config.images import NATIVE, PROTOCOLS, SSIM_WINDOW, DataConfig, size_pair, size_text
 from afterimage.config.names import (
     HUB_PREFIX,
@@ -41,9 +40,11 @@ from afterimage.config.schema import (
     LOSS_NAMES,
     LPIPS_NETS,
     LPIPS_SMALLEST,
+    Axis,
     BaselineConfig,
     DecoderConfig,
     FeaturesConfig,
+    FeatureSpec,
     FusionConfig,
     RecipeConfig,
     RunConfig,

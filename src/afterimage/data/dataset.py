@@ -15,15 +15,13 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig, listed
-from afterimage.data.decode import BadImage, cover, load_image
+from afterimage.data.decode import BadImage, cover, examine, load_image, size_notes, value_notes
 from afterimage.data.duplicates import NAMES, check_copies, near_duplicates
-from afterimage.data.examine import examine, size_notes, value_notes
 from afterimage.data.images import Data, ImageSet, StreamedImages, _digest
 from afterimage.data.pixel_cache import cached
 from afterimage.data.records import Content, FileDigests, Original, broken_images
-from afterimage.data.sampling import centre_places, fitting_sides
+from afterimage.data.sampling import centre_places, fitting_sides, shuffled, split
 from afterimage.data.sources import read_source
-from afterimage.data.splits import shuffled, split
 from afterimage.runtime.distributed import on_main_process
 from afterimage.runtime.process import in_parallel
 from afterimage.runtime.terminal import Progress, silent

@@ -22,7 +22,7 @@ import torch
 
 from afterimage.config import AfterimageError, shown, size_text
 from afterimage.data import decode
-from afterimage.data.examine import Facts, examine
+from afterimage.data.decode import Facts, examine
 from afterimage.data.records import Original
 from afterimage.runs.files import atomic_file, remove_leftovers
 from afterimage.runs.lock import CannotLock, held

@@ -13,8 +13,8 @@ from torch import nn
 
 from afterimage.config import DataConfig, FeatureSpec, RunConfig, split_source
 from afterimage.data.dataset import cache_folder
+from afterimage.data.sampling import split
 from afterimage.data.sources import read_source
-from afterimage.data.splits import split
 from afterimage.models.encoders.tracing import layer_info
 from afterimage.models.reconstructor import build_feature_decoder
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, first_line, listed, split_provider
 from afterimage.models.factories import library, quiet
-from afterimage.models.hub_files import CONFIG, named_config
 from afterimage.models.weights import Weights, search_weights
+from afterimage.runtime.hub import CONFIG, named_config
 
 NORMALISES = ("AutoencoderRAE",)
 """Classes of autoencoders that take and return images in [0, 1] and normalise latents themselves. All others

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afterimage.config import AfterimageError, first_line, listed
-from afterimage.models.hub_files import Unavailable, cached, download
 from afterimage.runs.files import sha256
 from afterimage.runs.repository import (
     CARD,
@@ -25,7 +24,7 @@ from afterimage.runs.repository import (
     check_shareable,
 )
 from afterimage.runs.run import Run
-from afterimage.runtime.hub import ask_soon, busy
+from afterimage.runtime.hub import Unavailable, ask_soon, busy, cached, download
 
 SPELLING = (
     "hub:USER/NAME, of a repository with several decoders hub:USER/NAME/DECODER, with @REVISION if need be"

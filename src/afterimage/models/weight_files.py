@@ -17,6 +17,7 @@ from torch import Tensor
 from afterimage.config import AfterimageError, first_line, listed, shown, utf8_path
 from afterimage.models.unpickling import Damaged, HoldsCode, Inert, Stored, read_archive, read_stream
 from afterimage.runs.files import write_atomic
+from afterimage.runtime.hub import shards
 
 VALID = "valid are safetensors, and state dicts that torch.save wrote"
 """The valid formats, for error messages."""
@@ -123,27 +124,6 @@ def _read_zip(path: Path) -> Any:
                 f"tensors with safetensors.torch.save_file(torch.jit.load(FILE).state_dict(), FILE); {VALID}"
             )
         return read_archive(path, archive, folder)
-
-
-def shards(index: str | Path) -> list[Path]:
-    """Return the files that an index of shards such as `model.safetensors.index.json` lists.
-
-    Raises:
-        AfterimageError: the index is not valid, or lists a file that is missing or in another folder
-    """
-    path = Path(index)
-    try:
-        files = json.loads(path.read_bytes())["weight_map"].values()
-        names = sorted({str(name) for name in files})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"it has no table weight_map ({first_line(error)})"
-        raise AfterimageError(f"{shown(path)} is no index of shards: {reason}") from None
-    found = [path.parent / name for name in names]
-    if outside := [name for name in names if Path(name).name != name]:
-        raise AfterimageError(f"{shown(path)} lists {outside[0]!r}, which is not beside it")
-    if missing := [file.name for file in found if not file.is_file()]:
-        raise AfterimageError(f"{shown(path)} lists {listed(missing)}, which {shown(path.parent)} lacks")
-    return found
 
 
 def _read_shards(path: Path) -> dict[str, Any]:

@@ -15,18 +15,19 @@ from pathlib import Path
 from torch import Tensor
 
 from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, listed, local_path, shown
-from afterimage.models.hub_files import (
+from afterimage.models.weight_files import NamedTensors
+from afterimage.runs.files import sha256
+from afterimage.runs.results import UsedWeights
+from afterimage.runtime.hub import (
     CONFIG,
     Unavailable,
     cached,
     download,
     download_url,
     named_config,
+    shards,
     torch_hub_file,
 )
-from afterimage.models.weight_files import NamedTensors, shards
-from afterimage.runs.files import sha256
-from afterimage.runs.results import UsedWeights
 
 SUFFIXES = (".safetensors", ".pth")
 """Endings of weight files in folders, the preferred one first."""

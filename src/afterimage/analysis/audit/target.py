@@ -25,8 +25,8 @@ from afterimage.config import (
 )
 from afterimage.config.audit import AuditConfig
 from afterimage.data.dataset import load_data
+from afterimage.data.decode import examine, value_notes
 from afterimage.data.duplicates import near_duplicates
-from afterimage.data.examine import examine, value_notes
 from afterimage.data.feature_store import FeatureStore, open_store
 from afterimage.data.images import Data, ImageSet, Indices
 from afterimage.data.store_files import layer_key

@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from afterimage.config import AfterimageError, unknown
+from afterimage.data.sampling import Source
 from afterimage.data.sources.dead_leaves import read_dead_leaves
 from afterimage.data.sources.div2k import read_div2k
 from afterimage.data.sources.folder import read_folder
-from afterimage.data.sources.huggingface import read_hub, read_parquet, read_webdataset
+from afterimage.data.sources.huggingface import read_hub
 from afterimage.data.sources.sample_images import read_photographs
-from afterimage.data.splits import Source
+from afterimage.data.sources.shards import read_parquet, read_webdataset
 from afterimage.runtime.terminal import Progress, silent
 
 SOURCES: dict[str, Callable[[str, Collection[str], Path, Progress], Source]] = {

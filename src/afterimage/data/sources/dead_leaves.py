@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from afterimage.config import AfterimageError
 from afterimage.data.records import Content, FileDigests, Original
-from afterimage.data.splits import Source
+from afterimage.data.sampling import Source
 
 VERSION = 1
 COVERAGE = 5.0  # mean number of leaves over a point; bare points (0.7 %) count as part of leaf 0

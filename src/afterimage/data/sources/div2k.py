@@ -21,7 +21,7 @@ from pathlib import Path
 from afterimage.config import AfterimageError, local_path, shown
 from afterimage.data.decode import reason
 from afterimage.data.records import FileOriginal
-from afterimage.data.splits import Source
+from afterimage.data.sampling import Source
 from afterimage.runs.files import sha256
 from afterimage.runs.lock import held
 from afterimage.runtime.terminal import Progress, silent

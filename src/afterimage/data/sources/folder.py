@@ -11,7 +11,7 @@ from pathlib import Path
 from afterimage.config import AfterimageError, listed, local_path
 from afterimage.data.decode import EXTENSIONS, reason, shown
 from afterimage.data.records import FileOriginal
-from afterimage.data.splits import (
+from afterimage.data.sampling import (
     PLAIN,
     SPLIT_WORDS,
     TEST,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from afterimage.config import AfterimageError, shown
 from afterimage.data.records import FileOriginal, PartOriginal
-from afterimage.data.splits import Source
+from afterimage.data.sampling import Source
 
 # Id, file, and the columns and rows of the grid of parts; 1 x 1 means no parts.
 _PHOTOGRAPHS = (

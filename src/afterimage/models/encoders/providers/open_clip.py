@@ -15,8 +15,8 @@ from afterimage.config import HUB_PREFIX, AfterimageError, first_line, size_pair
 from afterimage.models.encoders.providers.base import Convert, Network
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library
-from afterimage.models.hub_files import named_config
 from afterimage.models.weights import Weights, search_weights
+from afterimage.runtime.hub import named_config
 
 CONFIG = "open_clip_config.json"
 """File in a hub repository that describes the network and the preparation of its images."""

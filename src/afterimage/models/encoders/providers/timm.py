@@ -26,9 +26,9 @@ from afterimage.models.encoders.providers.base import (
 )
 from afterimage.models.encoders.random_init import Blank, seeded
 from afterimage.models.encoders.tensor_layout import Size
-from afterimage.models.hub_files import named_config
 from afterimage.models.weight_files import read_named_tensors
 from afterimage.models.weights import Weights, search_weights
+from afterimage.runtime.hub import named_config
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a hub repository."""

@@ -16,8 +16,8 @@ from afterimage.config import AfterimageError, absolute_model, first_line, size_
 from afterimage.models.encoders.providers.base import Convert, Network, one_for_each
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library, quiet
-from afterimage.models.hub_files import CONFIG, named_config
 from afterimage.models.weights import SNAPSHOT, Weights, search_weights
+from afterimage.runtime.hub import CONFIG, named_config
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files in a repository that describe the preparation of images."""

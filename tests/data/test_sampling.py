@@ -7,7 +7,7 @@ import pytest
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
-from afterimage.data.splits import (
+from afterimage.data.sampling import (
     TEST,
     TRAINING,
     VALIDATION,
