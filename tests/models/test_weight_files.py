@@ -188,12 +188,6 @@ def test_a_pickled_network_has_the_names_of_its_state_dict(tmp_path):
     assert set(found.containers.values()) == {"model."}
 
 
-def test_wrappers_are_taken_out_of_names(tmp_path):
-    torch.save({"_orig_mod.a._fsdp_wrapped_module.b": torch.ones(1)}, tmp_path / "x.pth")
-    found = read_named_tensors(tmp_path / "x.pth")
-    assert list(found.tensors) == ["a.b"] and found.wrappers == ("_orig_mod.", "_fsdp_wrapped_module.")
-
-
 def test_shards(tmp_path):
     parts = [dict(list(STATE.items())[:2]), dict(list(STATE.items())[2:])]
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,18 +47,18 @@ def quiet(name: str) -> Iterator[ModuleType]:
             logging.enable_progress_bar()
 
 
-def call_factory(text: str, arguments: Mapping[str, Any] = {}, **options: Any) -> nn.Module:
+def call_factory(text: str, *arguments: Any, **options: Any) -> nn.Module:
     """Import a factory (a function or a class), call it and return the module that it makes.
 
     Args:
         text: `python/package.module:factory` or `python/path/to/file.py:factory`; the working folder is
             searched too
-        arguments: positional arguments in order; the keys name them in error messages
+        arguments: positional arguments
         options: keyword arguments
 
     Raises:
-        AfterimageError: the factory cannot be imported, does not exist, does not accept these arguments,
-            raises an error, or does not return an `nn.Module`
+        AfterimageError: the factory cannot be imported, does not exist, raises an error (also if it does not
+            accept these arguments), or does not return an `nn.Module`
     """
     where, name = _parts(text)
     try:
@@ -68,8 +67,7 @@ def call_factory(text: str, arguments: Mapping[str, Any] = {}, **options: Any) -
         if factory is None:
             names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
             raise unknown(f"factory in {where}", name, names)
-        _check_arguments(text, factory, arguments, options)
-        made = factory(*arguments.values(), **options)
+        made = factory(*arguments, **options)
     except AfterimageError:
         raise
     except (Exception, SystemExit) as error:
@@ -119,20 +117,3 @@ def _search_here() -> None:
     """Add the working folder to the module search path, which lacks it in an installed command."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-
-
-def _check_arguments(
-    text: str, factory: Callable[..., Any], arguments: Mapping[str, Any], options: Mapping[str, Any]
-) -> None:
-    try:
-        signature = inspect.signature(factory)
-    except (TypeError, ValueError):  # implemented in C, without a signature
-        return
-    try:
-        signature.bind(*arguments.values(), **options)
-    except TypeError as error:
-        name = text.rpartition(":")[2]
-        called = ", ".join([*arguments, *(f"{key}={value!r:.40}" for key, value in options.items())])
-        raise AfterimageError(
-            f"{text} is called as {name}({called}), but it is {name}{signature}: {error}"
-        ) from None

@@ -111,7 +111,7 @@ class MultiEncoder(Encoders):
 
     def remarks_of(self, sources: Sequence[str]) -> list[str]:
         used = set(sources)
-        return [note for e in self.encoders if used.intersection(e.sources) for note in e.network.remarks]
+        return [note for e in self.encoders if used.intersection(e.sources) for note in e.remarks]
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
         """Return the features of images `(B, 3, H, W)` in [0, 1].
@@ -302,7 +302,6 @@ def restore(run: Run, encoders: Encoders) -> Reconstructor:
     config, path = run.config, run.file("decoder.safetensors")
     if not path.exists():
         raise AfterimageError(f"run {run.name} has no decoder yet (state: {run.state})")
-    _same_weights(run, encoders)
     try:
         sources = list(encoders.sources)
         made_for = {"sources": sources, "weights": encoders.weight_digests(sources)}
@@ -316,20 +315,3 @@ def restore(run: Run, encoders: Encoders) -> Reconstructor:
     loaded = Reconstructor(encoders, model).eval()
     loaded.origin = run.origin
     return loaded
-
-
-def _same_weights(run: Run, encoders: Encoders) -> None:
-    if not run.has_result:
-        return
-    recorded = {weights.model: weights for weights in run.result.weights}
-    for weights in encoders.weights_of(encoders.sources):
-        before = recorded.get(weights.model, weights)
-        if before.identity != weights.identity:
-            raise AfterimageError(
-                f"run {run.name} was trained on weights of {weights.model} with {_told(before)}, but these have "
-                f"{_told(weights)}"
-            )
-
-
-def _told(weights: UsedWeights) -> str:
-    return f"digest {weights.sha256[:12] or f'none: {weights.label}'} ({weights.location})"

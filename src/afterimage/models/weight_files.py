@@ -27,8 +27,6 @@ MAX_HEADER = 100_000_000
 """Longest header that safetensors allows, in bytes."""
 DEPTH = 12
 """Levels of nested containers that are searched for tensors."""
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""Parts that torch.compile, FSDP and activation checkpointing insert into the names of tensors."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,12 @@ class NamedTensors:
         containers: for each tensor the dictionary that it was in, as a prefix of its name such as
             `state_dict.`; empty for the outermost dictionary
         unread: types of the other objects in the file
-        wrappers: parts that were removed from the names
     """
 
     file: str
     tensors: Mapping[str, Tensor]
     containers: Mapping[str, str]
     unread: tuple[str, ...] = ()
-    wrappers: tuple[str, ...] = ()
 
     def holds(self) -> str:
         """Describe the content for messages: the number of tensors, and the first names."""
@@ -100,7 +96,9 @@ def _read(path: Path, head: bytes, size: int) -> Any:
         with open(path, "rb") as stream:
             return read_stream(stream, size)
     if path.name.endswith(".index.json") and head.lstrip()[:1] == b"{":
-        return _read_shards(path)
+        return {
+            name: tensor for file in shards(path) for name, tensor in read_named_tensors(file).tensors.items()
+        }
     raise AfterimageError(f"{shown(path)} holds no weights: {_kind_of(head, size)}; {VALID}")
 
 
@@ -126,13 +124,6 @@ def _read_zip(path: Path) -> Any:
         return read_archive(path, archive, folder)
 
 
-def _read_shards(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for file in shards(path):
-        content.update(read_named_tensors(file).tensors)
-    return content
-
-
 def _kind_of(head: bytes, size: int) -> str:
     """Describe a file that is not a checkpoint."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -150,7 +141,6 @@ def _named(path: Path, content: Any) -> NamedTensors:
     tensors: dict[str, Tensor] = {}
     containers: dict[str, str] = {}
     unread: dict[str, None] = {}
-    wrappers: dict[str, None] = {}
     seen: set[int] = set()
 
     def visit(value: Any, prefix: str, container: str, depth: int) -> None:
@@ -162,9 +152,6 @@ def _named(path: Path, content: Any) -> NamedTensors:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             found = item.tensor if isinstance(item, Stored) else item
             name = f"{prefix}{key}"
-            for wrapper in WRAPPERS:
-                if wrapper in name:
-                    wrappers[wrapper], name = None, name.replace(wrapper, "")
             if not isinstance(found, Tensor):
                 # The children of a pickled module extend the names of its tensors; they are not containers.
                 inside = isinstance(value, Inert) and isinstance(found, Inert)
@@ -182,7 +169,7 @@ def _named(path: Path, content: Any) -> NamedTensors:
         others = f"; not read, as they are no tensors: {listed(list(unread))}" if unread else ""
         kind = getattr(content, "kind", type(content).__name__)
         raise AfterimageError(f"{shown(path)} holds no named tensors: it is a {kind}{keys}{others}; {VALID}")
-    return NamedTensors(str(path), tensors, containers, tuple(unread), tuple(wrappers))
+    return NamedTensors(str(path), tensors, containers, tuple(unread))
 
 
 def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[str, Any]) -> None:

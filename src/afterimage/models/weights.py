@@ -154,7 +154,7 @@ def search_weights(
 
 
 def _from_path(model: str, path: Path, names: Sequence[str], snapshot: Sequence[str]) -> Weights:
-    file = (_in_folder(path, names) or _in_snapshot(model, path, snapshot)) if path.is_dir() else path
+    file = _in_folder(path, [*names, *snapshot]) if path.is_dir() else path
     if file is None:
         inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         raise AfterimageError(
@@ -162,6 +162,13 @@ def _from_path(model: str, path: Path, names: Sequence[str], snapshot: Sequence[
             f"of the hub ({' or '.join(snapshot)}). It holds {listed(inside, 5) or 'nothing'}; "
             "name a file to read just that"
         )
+    if path.is_dir() and (path / CONFIG).is_file():
+        found = named_config(str(path.absolute())).get("architecture")
+        own = named_config(model).get("architecture") if "/" in model else model
+        if isinstance(found, str) and found.partition(".")[0] != str(own).partition(".")[0]:
+            raise AfterimageError(
+                f"the folder {shown(path)} holds weights of {found}, by its {CONFIG}, and not of {model}"
+            )
     if not file.is_file():
         raise AfterimageError(f"there are no weights at {shown(path)}; write {WEIGHTS}")
     return _weights(model, "path", str(file), file)
@@ -169,35 +176,6 @@ def _from_path(model: str, path: Path, names: Sequence[str], snapshot: Sequence[
 
 def _in_folder(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _in_snapshot(model: str, folder: Path, names: Sequence[str]) -> Path | None:
-    """Find the weights in a copy of a hub repository, whose config.json must not name another network.
-
-    The folder may also be a repository in the hub's cache, which keeps one snapshot per commit.
-    """
-    commit = folder / "refs" / "main"
-    if commit.is_file() and (folder / "snapshots").is_dir():
-        folder = folder / "snapshots" / commit.read_text().strip()
-    file = _in_folder(folder, names)
-    if file is None or not (folder / CONFIG).is_file():
-        return file
-    found = named_config(str(folder.absolute())).get("architecture")
-    if isinstance(found, str):
-        own = named_config(model).get("architecture") if "/" in model else model
-        if _architecture(found) != _architecture(str(own)):
-            raise AfterimageError(
-                f"the folder {folder} holds weights of {found}, by its {CONFIG}, and not of {model}"
-            )
-    return file
-
-
-def _architecture(name: str) -> str:
-    """Return a model's name without its tag, with timm's old names replaced by current ones."""
-    from timm.models._registry import _deprecated_models
-
-    name = name.partition(".")[0]
-    return (_deprecated_models.get(name) or name).partition(".")[0]
 
 
 def _weights(model: str, origin: str, location: str, file: Path) -> Weights:
@@ -391,8 +369,6 @@ def _chosen(file: NamedTensors, fits: list[Match]) -> tuple[Match, str]:
         rest = best.prefix[len(container) :]
         taken = [f"without the beginning {rest!r} of their names"] if rest else []
         parts.append(f"the tensors {', '.join(where + taken)}")
-    if file.wrappers:
-        parts.append(f"{' and '.join(map(repr, file.wrappers))} taken out of their names")
     if others:
         also = " and ".join(repr(match.prefix.rstrip(".")) or "the file's own" for match in others[:4])
         parts.append(f"{also} would fit as well ({RULE})")

@@ -12,7 +12,7 @@ from torch import nn
 from afterimage.config import AfterimageError
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import open_network, resolve
-from afterimage.models.encoders.random_init import seeded
+from afterimage.models.encoders.providers.base import seeded
 from afterimage.models.encoders.tracing import list_layers, trace
 from encoder_checks import assert_same, randomise_statistics
 
@@ -108,7 +108,6 @@ def test_several_layers_come_in_the_order_asked_for_and_equal_each_alone(images)
     # Later in the same pass the activation overwrites bn1, and the addition layer1.0.bn2, in place.
     layers = ["layer2", "layer1.0.bn2", "bn1", "layer1", "layer1"]
     together = Encoder("resnet18", layers=layers, weights="random", image_size=64)
-    assert {layer.module for layer in together._layers if layer.overwritten} >= {"bn1", "layer1.0.bn2"}
     for layer, features in zip(layers, together(images), strict=True):
         (alone,) = Encoder(f"resnet18:{layer}", weights="random", image_size=64)(images)
         torch.testing.assert_close(features, alone, rtol=0, atol=0)

@@ -316,9 +316,3 @@ def test_a_snapshot_of_the_hub_is_a_folder_of_weights(whole, tmp_path):
     (tmp_path / "empty" / "model_best.pth.tar").write_bytes(b"")
     with pytest.raises(AfterimageError, match=r"It holds model_best.pth.tar; name a file to read just that"):
         open_network(TINY).find_weights(tmp_path / "empty")
-    cached = tmp_path / "models--timm--net"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("abc")
-    (cached / "snapshots").mkdir()
-    snapshot(cached / "snapshots" / "abc", whole, config)
-    assert open_network(TINY).find_weights(cached).file == cached / "snapshots" / "abc" / "model.safetensors"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from afterimage.models.encoders.forward_trace import ForwardTrace
-from afterimage.models.encoders.random_init import CLOSED, open_branches
+from afterimage.models.encoders.providers.base import CLOSED, open_branches
 
 WIDTH, SIZE = 8, (16, 16)
 

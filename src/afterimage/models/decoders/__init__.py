@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +10,22 @@ from typing import Any
 import torch
 
 from afterimage.config import AfterimageError, FeatureSpec, absolute_model, unknown
-from afterimage.models.decoders.attention import AttentionDecoder
 from afterimage.models.decoders.base import Decoder
 from afterimage.models.decoders.frequency import FrequencyDecoder
 from afterimage.models.decoders.linear import LinearDecoder
 from afterimage.models.decoders.own import DiffusersDecoder, OwnDecoder
 from afterimage.models.decoders.residual import ResidualDecoder
-from afterimage.models.decoders.sizing import options_for
-from afterimage.models.decoders.transposed import TransposedDecoder
+from afterimage.models.decoders.transposed import AttentionDecoder, TransposedDecoder
 from afterimage.models.decoders.wavelet import WaveletDecoder
 
 MAX_OPTION = 2**24
 """Largest magnitude of a numeric option, since configurations may come from strangers. No useful width, depth
 or kernel is larger.
 """
+TOLERANCE = 0.05
+"""Accepted relative deviation from the requested number of parameters."""
+MOST_STEPS = 2**16
+"""Largest size that is tried for a requested number of parameters, in steps of the family's size option."""
 
 DECODERS: dict[str, type[Decoder]] = {
     "attention": AttentionDecoder,
@@ -36,7 +39,6 @@ DECODERS: dict[str, type[Decoder]] = {
 
 FOREIGN: dict[str, type[OwnDecoder]] = {"python": OwnDecoder, "diffusers": DiffusersDecoder}
 """Families of decoders from outside this package, which are named `PROVIDER/NAME`."""
-
 
 SPELLINGS = ("python/package.module:factory", "python/FILE.py:factory", "diffusers/ID_OR_FOLDER")
 """Forms of such names, for error messages."""
@@ -112,9 +114,55 @@ def create_decoder(
             torch.manual_seed(seed)
         try:
             if parameters is not None:
-                options = options_for(cls, tuple(specs), size, parameters, options)
+                options |= _sizes(cls, tuple(specs), size, parameters, options)
             if is_own:
                 return cls(tuple(specs), size, name=absolute_model(name), options=options)
             return cls(tuple(specs), size, **options)
         except (TypeError, ValueError) as error:
             raise AfterimageError(f"the {name} decoder cannot be built with {options}: {error}") from None
+
+
+def _sizes(
+    cls: type[Decoder],
+    specs: Sequence[FeatureSpec],
+    image_size: tuple[int, int],
+    parameters: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Choose options, beside those given, with which a decoder has a number of parameters, within 5 %.
+
+    Raises:
+        AfterimageError: the family has a fixed size, its size option is given in `options`, or no size fits;
+            the message names the nearest size
+    """
+    if cls.size_option is None:
+        raise AfterimageError(f"{cls.__name__} has one size only; leave out parameters")
+    if cls.size_option in options:
+        raise AfterimageError(
+            f"{cls.size_option} is chosen so that {cls.__name__} has {parameters:,} parameters: give one of the two"
+        )
+
+    def count(chosen: dict[str, Any]) -> int:
+        with torch.device("meta"):
+            decoder = cls(specs, image_size, **(options | chosen))
+        return sum(p.numel() for p in decoder.parameters())
+
+    def nearest(fixed: dict[str, Any]) -> dict[str, Any]:
+        sizes = [fixed | {cls.size_option: cls.size_step * steps} for steps in range(1, MOST_STEPS)]
+        above = bisect.bisect_left(sizes, parameters, key=count)
+        found = sizes[max(0, above - 1) : above + 1]
+        if cls.fine_option is not None and cls.fine_option not in options:
+            default = inspect.signature(cls).parameters[cls.fine_option].default
+            found += [c | {cls.fine_option: default * k / 16} for c in found for k in range(8, 33)]
+        return min(found, key=lambda chosen: abs(count(chosen) - parameters))
+
+    best = nearest({})
+    too_large = count(best) > (1 + TOLERANCE) * parameters
+    if too_large and cls.smaller and not cls.smaller.keys() & options.keys():
+        best = nearest(cls.smaller)
+    if abs(count(best) - parameters) > TOLERANCE * parameters:
+        raise AfterimageError(
+            f"{cls.__name__} cannot be built with {parameters:,} parameters for {specs[0].source}: "
+            f"the nearest is {count(best):,}"
+        )
+    return best

@@ -103,8 +103,6 @@ class Span:
     @property
     def inside(self) -> tuple[int, int]:
         """Range of the image's pixels whose middle lies in a cell; the end is excluded."""
-        if self.even:
-            return 0, self.size
         return max(0, math.ceil(self.start - 0.5)), min(self.size, math.ceil(self.end - 0.5))
 
     @property
@@ -117,8 +115,6 @@ class Span:
 
     def present(self, block: int) -> Bool[Tensor, "count block"]:
         """Return a mask of the `block` equal parts of each cell whose middle lies inside the image."""
-        if self.even:
-            return torch.ones(self.count, block, dtype=torch.bool, device="cpu")
         parts = torch.arange(self.count * block, dtype=torch.float64, device="cpu") + 0.5
         middles = self.start + parts * (self.stride / block)
         return ((middles > 0) & (middles < self.size)).view(self.count, block)
@@ -174,15 +170,11 @@ class Canvas:
 
     def place(self, canvas: Float[Tensor, "batch c _ _"]) -> Float[Tensor, "batch c height width"]:
         """Return the images of canvases `(B, C, h, w)`; `carry_on` fills in pixels outside all cells."""
-        if self.even:
-            return canvas
         images = self.columns.to_image(self.rows.to_image(canvas, -2), -1)
         return carry_on(images, (self.rows.inside, self.columns.inside), self.image_size)
 
     def cut(self, images: Float[Tensor, "batch c height width"]) -> Float[Tensor, "batch c _ _"]:
         """Return the canvases of images; parts of cells outside the image repeat its outermost pixels."""
-        if self.even:
-            return images
         return self.columns.from_image(self.rows.from_image(images, -2), -1)
 
     def crop(self, crop: FeatureCrop) -> tuple[tuple[slice, slice], tuple[slice, slice]]:

@@ -58,8 +58,7 @@ class OwnDecoder(Decoder):
 
     def build(self, options: Mapping[str, Any]) -> nn.Module:
         """Call the factory with the features' shapes, the size of the images to return, and its options."""
-        arguments = {"specs": [self.spec], "image_size": self.canvas.size}
-        return call_factory(self.name, arguments, **options)
+        return call_factory(self.name, [self.spec], self.canvas.size, **options)
 
     def train(self, mode: bool = True) -> OwnDecoder:
         """Switch to training mode, unless the module has no trainable parameters."""

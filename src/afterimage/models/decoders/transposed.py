@@ -1,8 +1,9 @@
-"""Decoder of transposed convolutions, as the published study's decoder has after its attention."""
+"""The published study's decoder, transformer blocks and then transposed convolutions, and the latter alone."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from afterimage.config import FeatureSpec
 from afterimage.models.decoders.base import Decoder
-from afterimage.models.layers.blocks import UpConv2x, channel_projection, conv_bn_relu, resize, stages_between
+from afterimage.models.layers.attention import TransformerBlock
+from afterimage.models.layers.blocks import UpConv2x, conv_bn_relu, resize
 
 
 class UpsamplingDecoder(Decoder):
@@ -37,10 +39,13 @@ class UpsamplingDecoder(Decoder):
         minimum_channels: int = 32,
     ) -> None:
         super().__init__(specs, image_size)
-        self.channel_projection = channel_projection(self.spec.channels, channels)
+        self.channel_projection = (
+            nn.Identity() if channels is None else nn.Conv2d(self.spec.channels, channels, kernel_size=1)
+        )
         self.channels = channels or self.spec.channels
         widths = [self.channels]
-        for _ in range(stages_between((self.spec.height, self.spec.width), self.canvas.size)):
+        doublings = math.log2(math.sqrt(math.prod(self.canvas.size) / self.spec.locations))
+        for _ in range(max(0, round(doublings))):
             widths.append(max(minimum_channels, widths[-1] // 2))
         self.build(widths)
 
@@ -67,3 +72,42 @@ class TransposedDecoder(UpsamplingDecoder):
     def upsample(self, features: Tensor) -> Tensor:
         """Turn `(B, channels, h, w)` into the canvas `(B, 3, H, W)`."""
         return self.to_rgb(resize(self.stages(features), self.canvas.size))
+
+
+class AttentionDecoder(TransposedDecoder):
+    """The published study's decoder: transformer blocks on the feature tokens, then `TransposedDecoder`.
+
+    Args:
+        specs: measured shapes of the features
+        image_size: `(height, width)` of the images in pixels
+        depth: number of transformer blocks
+        heads: number of attention heads; reduced to their greatest common divisor with the number of channels
+        mlp_ratio: ratio of the MLP's hidden channels to the channels
+        channels: channels to which a 1x1 convolution first brings the features; None keeps theirs
+        minimum_channels: smallest number of channels of an upsampling stage
+    """
+
+    size_option = "channels"
+    size_step = 8
+    fine_option = "mlp_ratio"
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        image_size: tuple[int, int],
+        *,
+        depth: int = 4,
+        heads: int = 8,
+        mlp_ratio: float = 4,
+        channels: int | None = None,
+        minimum_channels: int = 32,
+    ) -> None:
+        super().__init__(specs, image_size, channels=channels, minimum_channels=minimum_channels)
+        heads = math.gcd(heads, self.channels)
+        hidden = max(1, round(mlp_ratio * self.channels))
+        self.blocks = nn.Sequential(*(TransformerBlock(self.channels, heads, hidden) for _ in range(depth)))
+
+    def decode(self, features: Tensor) -> Tensor:
+        features = self.channel_projection(features)
+        tokens = self.blocks(features.flatten(2).transpose(1, 2))
+        return self.upsample(tokens.transpose(1, 2).reshape(features.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, size_pair, split_source
-from afterimage.models.encoders.layers import TracedLayer
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.providers.python import OwnNetwork
 from afterimage.models.encoders.tensor_layout import reorder
@@ -43,24 +43,6 @@ class _Done(Exception):
     """Exception that ends a forward pass once the deepest layer has run."""
 
 
-class _Hook:
-    """Hook that stores one layer's feature map; that of the deepest layer also ends the pass."""
-
-    def __init__(self, features: list, index: int, layer: TracedLayer, roll: Callable | None, *, last: bool):
-        self.features, self.index = features, index
-        self.layout, self.roll, self.last = layer.layout, roll, last
-        self.copy = layer.overwritten and not last
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        try:
-            feature = self.layout(output if self.roll is None else self.roll(output))
-        except (KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
-            raise AfterimageError(f"the network returned something else than before: {error}") from error
-        self.features[self.index] = feature.clone() if self.copy else feature
-        if self.last:
-            raise _Done
-
-
 class Encoder(nn.Module):
     """Features of one or more layers of a frozen network, for images in [0, 1].
 
@@ -88,7 +70,8 @@ class Encoder(nn.Module):
         sources: `model:layer` for each layer as given, with the tag pinned
         specs: measured shape of each layer's features
         weights: origin of the weights
-        notes: remarks for a run's notes
+        remarks: remarks on how images reach the network, and how its features vary
+        notes: remarks, also on the weights, for the notes of a run
 
     Raises:
         AfterimageError: the model or a layer is unknown, a layer is neither feature map nor vector, the model
@@ -129,7 +112,6 @@ class Encoder(nn.Module):
             found = self.network.find_weights(weights)
             self.model, note = self.network.load(self.image_size, found, used)
             self.weights = replace(found, note=note)
-        self.notes = (*weight_notes([self.weights.used]), *self.network.remarks)
         if not self.network.is_own:
             _drop(self.model, {name for names in used for name in names})
         if self.network.channels_last:
@@ -144,10 +126,12 @@ class Encoder(nn.Module):
         deepest = max(range(len(layers)), key=lambda i: (self._layers[i].order, i))
         for index, layer in enumerate(self._layers):
             roll = reorder(self.model, layer.module)
-            hook = _Hook(self._features, index, layer, roll, last=index == deepest)
+            hook = functools.partial(self._store, index, roll, index == deepest)
             self.model.get_submodule(layer.module).register_forward_hook(hook)
-        if isinstance(self.network, OwnNetwork):
-            self.notes += (*self.network.notes, *self._try())
+        self.remarks = self.network.remarks
+        if self.network.is_own:
+            self.remarks += tuple(self._try())
+        self.notes = (*weight_notes([self.weights.used]), *self.remarks)
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
@@ -205,6 +189,19 @@ class Encoder(nn.Module):
                     raise AfterimageError(f"{spec.source} returns values that are not finite")
         return features
 
+    def _store(
+        self, index: int, roll: Callable | None, last: bool, module: nn.Module, args: Any, output: Any
+    ) -> None:
+        """Store the feature map of a layer, as its module's hook; that of the deepest layer also ends the pass."""
+        try:
+            feature = self._layers[index].layout(output if roll is None else roll(output))
+        except (KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+            raise AfterimageError(f"the network returned something else than before: {error}") from error
+        if last:
+            self._features[index] = feature
+            raise _Done
+        self._features[index] = feature.clone()  # the network may change it in place later in this pass
+
     @torch.no_grad()
     def _try(self) -> list[str]:
         """Run a user's network on two images, and note if its features vary between passes or batches."""
@@ -220,9 +217,6 @@ class Encoder(nn.Module):
     def describe(self) -> list[FeatureMap]:
         """Describe each layer: module, shape, reduction, cost up to there, and positions of its locations."""
         return list(self._maps)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{s.source} {s.channels}x{s.height}x{s.width}" for s in self.specs)
 
 
 def _drop(model: nn.Module, used: set[str]) -> None:

@@ -44,7 +44,6 @@ class ModuleCall:
         runs: number of calls of this module so far
         refused: reason why the output cannot be used; empty if it can
         positions: positions in the image of the returned tensors, if they were followed
-        overwritten: whether a returned tensor was later changed in place
     """
 
     order: int
@@ -54,7 +53,6 @@ class ModuleCall:
     runs: int
     refused: str
     positions: dict[Key, Positions | None]
-    overwritten: bool = False
 
 
 class ForwardTrace(TorchDispatchMode):
@@ -90,8 +88,6 @@ class ForwardTrace(TorchDispatchMode):
         self._names: dict[int, list[str]] = defaultdict(list)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._names[storage(parameter)].append(name)
-        # The returned tensors with their versions, which count changes in place.
-        self._returned: dict[str, list[tuple[Tensor, int]]] = {}
         self._clock = self._flops = self._finished = 0
         self._seen = {storage(images)}
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -111,9 +107,6 @@ class ForwardTrace(TorchDispatchMode):
             torch.backends.mha.set_fastpath_enabled(fast)
             for hook in hooks:
                 hook.remove()
-        for path, returned in self._returned.items():
-            self.events[path].overwritten = any(tensor._version != version for tensor, version in returned)
-        self._returned.clear()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -164,5 +157,4 @@ class ForwardTrace(TorchDispatchMode):
             refused=refused,
             positions={key: self.flow.of(tensor) for key, tensor in found} if self.flow is not None else {},
         )
-        self._returned[path] = [(tensor, tensor._version) for _, tensor in found]
         self._finished += 1

@@ -60,7 +60,6 @@ class TracedLayer:
         clock: number of operations until it finishes
         parameters: number of parameters of the network up to there
         macs: multiply-adds of the network up to there, for one image
-        overwritten: whether the network later changes the module's output in place
         is_vector: whether the output is one vector for the whole image
         positions: positions in the image of the output's values, from which the placement follows
         placement: positions of its locations in the image
@@ -72,7 +71,6 @@ class TracedLayer:
     clock: int
     parameters: int
     macs: int
-    overwritten: bool
     is_vector: bool
     positions: Positions | None = field(default=None, repr=False)
     placement: Placement = Placement()

@@ -197,11 +197,9 @@ def _layout(
             "which of its tokens lie where in the image cannot be measured, and their number does not tell"
         )
     if len(shape) == 3:
-        measured = _prefix(shape[1], later[1], sizes)
         for axes, channel, token, skipped in (
             ("NLC", 2, 1, prefix or 0),
             ("NLC", 2, 1, 0),
-            ("NLC", 2, 1, measured),
             ("NCL", 1, 2, 0),
         ):
             grids = [_grid(s[token] - skipped, size) for s, size in zip(both, sizes, strict=True)]
@@ -261,15 +259,6 @@ def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
         key=key,
         suffix=len(own) - first - count,
     )
-
-
-def _prefix(before: int, after: int, sizes: tuple[Size, Size]) -> int:
-    """Return the number of tokens that does not grow with the image's area, if it is 1 to 16; else 0."""
-    small, large = (math.prod(size) for size in sizes)
-    if large == small:
-        return 0
-    count, rest = divmod(large * before - small * after, large - small)
-    return count if rest == 0 and 0 < count <= 16 else 0
 
 
 def _is_grid(grid: Size, size: Size) -> bool:

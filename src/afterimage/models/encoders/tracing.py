@@ -21,14 +21,13 @@ from afterimage.models.encoders.forward_trace import ForwardTrace, storage
 from afterimage.models.encoders.layers import (
     OUTPUT,
     ROLES,
-    Placement,
     TracedLayer,
     find_placement,
     layers_by_role,
     stages,
 )
-from afterimage.models.encoders.providers import Network, open_network
-from afterimage.models.encoders.random_init import Blank, open_branches, seeded
+from afterimage.models.encoders.providers import open_network
+from afterimage.models.encoders.providers.base import Blank, Network, open_branches, seeded
 from afterimage.models.encoders.tensor_layout import Refused, Shapes, Size, find_layout, find_vector
 from afterimage.runs.results import FeatureMap
 
@@ -57,8 +56,8 @@ class Trace:
         self.network, self.image_size = network, image_size
         try:
             model = _blank(network, image_size)
-        except _Unbuildable as reason:
-            raise cannot_run(network, image_size, str(reason)) from reason
+        except Exception as error:
+            raise cannot_run(network, image_size, f"{type(error).__name__}: {error}") from error
         first = ForwardTrace(model, _images(network, model, 1, image_size), follow=True)
         if (first.failure or first.flow.needs_values) and _device(model) == "meta":
             model = _blank(network, image_size, "cpu")
@@ -87,7 +86,6 @@ class Trace:
             with contextlib.suppress(Refused):
                 pooler = self._find("", ("pooler_output",))
             self.named = layers_by_role(model, self.layers, self.vectors, pooler)
-        self._placements: dict[str, Placement] = {}
 
     def _find(self, path: str, keys: Sequence[str] = ()) -> TracedLayer:
         """Find what a module returns under some keys.
@@ -119,8 +117,7 @@ class Trace:
             if layout is None:
                 raise Refused(f"{reason}{self._hint(path, shapes)}") from None
         total = self._totals[bisect_right(self._clocks, event.clock)]
-        counted = event.order, event.clock, total, event.macs, event.overwritten
-        return TracedLayer(path, layout, *counted, is_vector, positions)
+        return TracedLayer(path, layout, event.order, event.clock, total, event.macs, is_vector, positions)
 
     def _hint(self, path: str, shapes: Shapes) -> str:
         hint = ""
@@ -164,13 +161,10 @@ class Trace:
                 f"{model}:{name} cannot be inverted: {reason}. Valid: {', '.join(self.names or self.by_order)}; "
                 f"`afterimage layers {model} --all-modules` lists every module"
             ) from None
-        if name not in self._placements:
-            self._placements[name] = (
-                Placement()
-                if found.is_vector
-                else find_placement(found.positions, found.layout, self.image_size)
-            )
-        return replace(found, placement=self._placements[name], positions=None)
+        placement = found.placement
+        if not found.is_vector:
+            placement = find_placement(found.positions, found.layout, self.image_size)
+        return replace(found, placement=placement, positions=None)
 
     def describe(self, name: str) -> FeatureMap:
         """Describe a layer by its name, see `layer`."""
@@ -238,10 +232,6 @@ class Trace:
         return model
 
 
-class _Unbuildable(Exception):
-    """Error for a model that cannot be built for an image size; the message gives the reason."""
-
-
 def cannot_run(network: Network, size: Size, reason: str) -> AfterimageError:
     """Create the error for a network that cannot run on images `(height, width)`, with the reason."""
     works = _size_that_works(network, size)
@@ -279,10 +269,7 @@ def _blank(network: Network, image_size: Size, device: str = "meta") -> nn.Modul
                 model = network.create(image_size, device="meta")
                 if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
                     return model
-        try:
-            return network.create(image_size)
-        except Exception as error:
-            raise _Unbuildable(f"{type(error).__name__}: {error}") from error
+        return network.create(image_size)
 
 
 def _device(model: nn.Module) -> str:
@@ -306,7 +293,7 @@ def _observe_again(
         if network.has_fixed_size and other != size:
             try:
                 candidate = _blank(network, other, _device(model))
-            except _Unbuildable:
+            except Exception:
                 continue
         second = ForwardTrace(candidate, _images(network, candidate, 2, other))
         if len(second.events) >= len(first.events):

@@ -77,16 +77,6 @@ def pixel_unshuffle(
     return maps.reshape(b, c * bh * bw, height // bh, width // bw)
 
 
-def channel_projection(channels: int, wanted: int | None) -> nn.Module:
-    """Create a 1x1 convolution to another number of channels.
-
-    Args:
-        channels: channels of the features
-        wanted: channels of the result; None creates the identity
-    """
-    return nn.Identity() if wanted is None else nn.Conv2d(channels, wanted, kernel_size=1)
-
-
 class UpConv2x(nn.ConvTranspose2d):
     """A transposed convolution (4x4) that doubles height and width: `(B, C, h, w)` to `(B, narrower, 2h, 2w)`.
 
@@ -105,17 +95,6 @@ class UpConv2x(nn.ConvTranspose2d):
 def conv_bn_relu(convolution: nn.Module) -> nn.Sequential:
     """Chain a convolution, batch norm and ReLU."""
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU(inplace=True))
-
-
-def stages_between(size: tuple[int, int], target: tuple[int, int]) -> int:
-    """Return the number of doublings after which a size is nearest to another.
-
-    Args:
-        size: `(height, width)` to start from
-        target: `(height, width)` to reach
-    """
-    ratio = math.sqrt((target[0] * target[1]) / (size[0] * size[1]))
-    return max(0, round(math.log2(ratio)))
 
 
 def resize(images: Float[Tensor, "batch c _ _"], size: tuple[int, int]) -> Float[Tensor, "batch c _ _"]:

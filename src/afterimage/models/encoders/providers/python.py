@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, absolute_model, size_pair, split_provider
-from afterimage.models.encoders.providers.base import Network
-from afterimage.models.encoders.random_init import seeded
+from afterimage.models.encoders.providers.base import Network, seeded
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import call_factory, source_digest
 from afterimage.models.weights import Weights, search_weights
@@ -94,13 +93,13 @@ class OwnNetwork(Network):
         return cls(name, mean, std, size, module=module, prefix=prefix)
 
     @property
-    def notes(self) -> list[str]:
-        """Remarks for the run's notes."""
+    def remarks(self) -> tuple[str, ...]:
         if {*self.mean} != {0.0} or {*self.std} != {1.0}:
-            return []
-        return [
+            return super().remarks
+        as_is = (
             f"images reach {self.name} as they are, in [0, 1]: it has no mean and std in numbers, but 0 and 1"
-        ]
+        )
+        return (*super().remarks, as_is)
 
     def create(self, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
         return self.build(image_size).eval()

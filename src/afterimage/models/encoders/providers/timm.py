@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 from timm.models import PretrainedCfg, _builder, get_pretrained_cfg
+from timm.models._registry import _deprecated_models
 from torch import Tensor, nn
 
 from afterimage.config import HUB_PREFIX, AfterimageError, unknown
 from afterimage.models.encoders.providers.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Blank,
     Network,
     one_for_each,
     pools_of,
+    seeded,
 )
-from afterimage.models.encoders.random_init import Blank, seeded
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.weight_files import read_named_tensors
 from afterimage.models.weights import Weights, search_weights
@@ -32,6 +34,8 @@ from afterimage.runtime.hub import named_config
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a hub repository."""
+_LOCK = threading.Lock()
+"""Lock of timm's function that loads weights, which `TimmNetwork.load` replaces for a moment."""
 
 
 @functools.cache
@@ -49,12 +53,11 @@ def resolve_model(name: str) -> str:
     if "/" in name:
         return _resolve_repository(name)
     architecture, _, tag = name.partition(".")
-    current = _renamed(architecture)
-    if current is not None:
-        architecture, _, current_tag = current.partition(".")
-        tag = tag or current_tag
-    elif not timm.is_model(architecture):
-        raise _unknown_model(name)
+    architecture, _, current_tag = (_deprecated_models.get(architecture) or architecture).partition(".")
+    tag = tag or current_tag
+    if not timm.is_model(architecture):
+        known = dict.fromkeys(model.partition(".")[0] for model in timm.list_models(pretrained=True))
+        raise unknown("model", name, [model for model in known if name.lower() in model] or known, limit=8)
     if not tag:
         config = get_pretrained_cfg(architecture)
         return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
@@ -66,10 +69,11 @@ def resolve_model(name: str) -> str:
 
 def _resolve_repository(name: str) -> str:
     owner, _, model = name.partition("/")
-    if owner == "timm":
-        known, _, tag = model.partition(".")
-        if _renamed(known) or (timm.is_model(known) and (not tag or model in _tags(known))):
-            return resolve_model(model)
+    known, _, tag = model.partition(".")
+    if owner == "timm" and (
+        known in _deprecated_models or (timm.is_model(known) and (not tag or model in _tags(known)))
+    ):
+        return resolve_model(model)
     if timm.is_model(owner.partition(".")[0]):
         raise AfterimageError(
             f"unknown model {name!r}; did you mean {owner!r}? A layer is named after a colon"
@@ -100,37 +104,8 @@ def architecture(name: str) -> str:
     )
 
 
-def _renamed(architecture: str) -> str | None:
-    """Return timm's current name for a model's old name; None for any other name."""
-    from timm.models._registry import _deprecated_models
-
-    if architecture not in _deprecated_models:
-        return None
-    current = _deprecated_models[architecture]
-    if not current:
-        raise AfterimageError(f"timm has removed the model {architecture!r} and names no successor")
-    return current
-
-
 def _tags(architecture: str) -> list[str]:
     return [name for name in timm.list_models(f"{architecture}.*", include_tags=True) if "." in name]
-
-
-def _unknown_model(name: str) -> AfterimageError:
-    """Create the error for an unknown model, with the models whose names contain it, or else with similar ones."""
-    known = dict.fromkeys(model.partition(".")[0] for model in timm.list_models(pretrained=True))
-    return unknown("model", name, [model for model in known if name.lower() in model] or known, limit=8)
-
-
-_LOCK = threading.Lock()
-
-
-def pretrained_config(name: str) -> dict[str, Any]:
-    """Return timm's description of a model's weights, such as mean, std and the expected image size."""
-    if "/" in name:
-        return _repository(name)[0]
-    config = get_pretrained_cfg(name, allow_unregistered=True)
-    return config.to_dict() if config is not None else {}
 
 
 @functools.cache
@@ -169,7 +144,8 @@ class TimmNetwork(Network):
     def open(cls, name: str) -> TimmNetwork:
         """Return the description of a network by timm's name, with or without a tag, or by a repository."""
         name = resolve_model(name)
-        config = pretrained_config(name)
+        published = get_pretrained_cfg(name, allow_unregistered=True)
+        config = _repository(name)[0] if "/" in name else published.to_dict() if published else {}
         classifiers = config.get("classifier") or ()
         channels = config.get("input_size", (3,))[0]
         return cls(
@@ -207,11 +183,10 @@ class TimmNetwork(Network):
     def load(
         self, image_size: Size, weights: Weights, used: Sequence[tuple[str, ...]]
     ) -> tuple[nn.Module, str]:
-        # The model's own filter resamples position embeddings and the like to `image_size`.
         notes: list[str] = []
         file = read_named_tensors(weights.file)
 
-        def load(module: nn.Module, filter_fn: Callable | None) -> None:
+        def load(module: nn.Module, *_: Any, filter_fn: Callable | None = None, **__: Any) -> None:
             convert = None
             if filter_fn is not None:
                 count = len(inspect.signature(filter_fn).parameters)
@@ -221,7 +196,9 @@ class TimmNetwork(Network):
 
             notes.append(self.load_tensors(module, image_size, file, used, convert))
 
-        with seeded(0), _intercept(load), Blank():
+        # timm calls `load` in place of its own function, which is the only way to the model's filter. That
+        # converts weights to the model's own names and shapes, and resamples position embeddings.
+        with _LOCK, mock.patch.object(_builder, "load_pretrained", load), seeded(0), Blank():
             return self.create(image_size, pretrained=True), notes[0]
 
     def prefix_tokens(self, module: nn.Module) -> int | None:
@@ -246,23 +223,3 @@ class TimmNetwork(Network):
                 f"stage{n}": f"stages.{i}" for n, (i, _) in enumerate(module.stages.named_children(), start=1)
             }
         return super().aliases(module)
-
-
-@contextlib.contextmanager
-def _intercept(load: Callable[[nn.Module, Callable | None], None]) -> Iterator[None]:
-    """Make timm call `load(model, filter)` instead of loading weights itself.
-
-    The filter converts weights to the model's own names and shapes. It is an argument of that one internal
-    call; timm has no public access to it.
-    """
-
-    def replacement(model: nn.Module, *_: Any, filter_fn: Callable | None = None, **__: Any) -> None:
-        load(model, filter_fn)
-
-    with _LOCK:
-        original = _builder.load_pretrained
-        _builder.load_pretrained = replacement
-        try:
-            yield
-        finally:
-            _builder.load_pretrained = original
