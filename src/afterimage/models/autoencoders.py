@@ -61,11 +61,6 @@ class Autoencoder:
         return self.kind.__name__ in NORMALISES
 
     @property
-    def black(self) -> float:
-        """Value of black in its images; white is 1."""
-        return 0.0 if self.normalises else -1.0
-
-    @property
     def image_size(self) -> int:
         """Side in pixels of the images that the autoencoder was made for."""
         get = self.config.get
@@ -154,13 +149,12 @@ class FromLatents(nn.Module):
     Args:
         autoencoder: the autoencoder; its encoder is removed
         raw: whether the inputs are not normalised yet and must be normalised first
-        black: value of black in the autoencoder's images
     """
 
-    def __init__(self, autoencoder: nn.Module, raw: bool, black: float) -> None:
+    def __init__(self, autoencoder: nn.Module, raw: bool) -> None:
         super().__init__()
         self.autoencoder = _without(autoencoder, "encoder", "quant_conv")
-        self.raw, self.image_range = raw, (black, 1.0)
+        self.raw, self.image_range = raw, (0.0 if _normalises(autoencoder) else -1.0, 1.0)
         self.requires_grad_(False)
 
     def forward(self, latents: Tensor) -> Tensor:

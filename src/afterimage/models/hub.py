@@ -204,7 +204,6 @@ def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False
         AfterimageError: the hub does not answer or refuses, or the repository holds something else
     """
     from huggingface_hub import CommitOperationAdd, HfApi, constants
-    from huggingface_hub.errors import HFValidationError
 
     api = HfApi()
     try:
@@ -213,8 +212,6 @@ def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False
         _check_empty(set(api.list_repo_files(repository, repo_type=kind)), repository, kind)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         return api.create_commit(repository, operations, commit_message="From afterimage", repo_type=kind).oid
-    except HFValidationError:
-        raise AfterimageError(f"{repository!r:.200} is no name of a repository: write USER/NAME") from None
     except AfterimageError:
         raise
     except Exception as error:

@@ -286,17 +286,14 @@ def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
             return rest[0]
         if kind != "storage":
             raise Damaged(f"it refers to {kind!r}, which is no tensor")
-        named, name, _, count, *view = rest
+        named, name, _, count, view = rest
+        if view is not None:
+            raise Damaged("its tensors share memory in a way that torch no longer writes")
         dtype = _storage_type(named)
         if name not in found:
             found[name] = torch.empty(_bytes_of(dtype, count, left), dtype=torch.uint8), dtype
             left -= found[name][0].numel()
-        whole = found[name][0].untyped_storage()
-        if not view or view[0] is None:
-            return Storage(whole, dtype)
-        _, offset, length = view[0]
-        start, end = (_bytes_of(dtype, number, whole.nbytes()) for number in (offset, offset + length))
-        return Storage(whole[start:end], dtype)
+        return Storage(found[name][0].untyped_storage(), dtype)
 
     value = Reader(stream, persistent).load()
     for name in Reader(stream).load():

@@ -131,7 +131,7 @@ def test_the_number_of_prefix_tokens_can_be_said():
     network.prefix_tokens = 1
     encoder = Encoder(network, ["output"], image_size=32)
     assert (encoder.specs[0].height, encoder.specs[0].width, encoder._layers[0].layout.prefix) == (4, 4, 1)
-    assert "aten::sort" in encoder._layers[0].placement.unseen
+    assert "aten::sort" in encoder.describe()[0].unseen
     measured = Tokens()
     measured.prefix_tokens = 2  # what is measured is not overruled
     assert Encoder(measured, ["output"], image_size=32)._layers[0].layout.prefix == 4
@@ -196,4 +196,4 @@ def test_maps_inside_dataclasses_are_found_and_can_be_replaced(wrap, layer):
 def test_an_own_networks_dropped_pixels_are_named():
     encoder = Encoder(nn.Sequential(nn.Conv2d(3, 8, 4, 4)), ["output"], image_size=(34, 32))
     assert (encoder.specs[0].rows, encoder.specs[0].columns) == (Axis(0.0, 4.0, 0, 32), None)
-    assert encoder._layers[0].placement.unseen == "the last 2 rows of 34x32 images are not seen"
+    assert encoder.describe()[0].unseen == "the last 2 rows of 34x32 images are not seen"

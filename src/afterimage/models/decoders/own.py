@@ -131,7 +131,7 @@ class DiffusersDecoder(OwnDecoder):
         if not isinstance(raw, bool):
             raise AfterimageError(f"raw of {self.name} must be true or false, got {raw!r}")
         found = Autoencoder.open(self.name)
-        return FromLatents(found.load(found.find_weights()), raw, found.black)
+        return FromLatents(found.load(found.find_weights()), raw)
 
 
 def _image_range(module: nn.Module, name: str) -> tuple[float, float]:

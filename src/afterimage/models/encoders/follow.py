@@ -17,7 +17,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from afterimage.models.encoders.positions import (
-    BLANKS,
     Positions,
     absent,
     aliased,
@@ -133,14 +132,6 @@ def _bind(func: Any, args: Any, kwargs: Any) -> Given:
     """Return an operation's arguments by name, defaults included."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     return {a.name: given.get(a.name, a.default_value) for a in func._schema.arguments}
-
-
-def _call(func: Any, given: Given, array: Tensor) -> Any:
-    """Run an operation with `array` in place of its first argument."""
-    names = [argument.name for argument in func._schema.arguments]
-    keywords = {argument.name for argument in func._schema.arguments if argument.kwarg_only}
-    values = {**given, names[0]: array}
-    return func(*(values[n] for n in names if n not in keywords), **{n: values[n] for n in keywords})
 
 
 def _tensors(given: Given) -> list[Tensor]:
@@ -310,27 +301,27 @@ def _concatenated(flow: PositionFlow, name: str, given: Given) -> Positions:
 
 def _moved(source: Positions, func: Any, given: Given, results: list[Tensor]) -> list[Positions | None]:
     """Follow an operation that only moves elements, by running it on the arrays of positions."""
+    arguments = func._schema.arguments
     # Rolls and flips change nothing along axes on which an array is constant.
     as_is = bool(given.get("dims")) and func._schema.name in ("aten::roll", "aten::flip")
-    groups = {
-        name: [
-            [_move(func, given, array if as_is else array.expand(source.shape)) for array in arrays]
-            for arrays in getattr(source, name)
-        ]
-        for name in BLANKS
-    }
+
+    def move(array: Tensor) -> list[Tensor]:
+        values = {**given, arguments[0].name: array if as_is else array.expand(source.shape)}
+        moved = func(
+            *(values[argument.name] for argument in arguments if not argument.kwarg_only),
+            **{argument.name: values[argument.name] for argument in arguments if argument.kwarg_only},
+        )
+        return [compress(one) for one in ([moved] if isinstance(moved, Tensor) else moved)]
+
+    parts, reach = (
+        [[move(array) for array in arrays] for arrays in group] for group in (source.parts, source.reach)
+    )
     return [
         Positions(
             tuple(out.shape),
-            chosen([tuple(array[number] for array in arrays) for arrays in groups["parts"]]),
-            united([tuple(array[number] for array in arrays) for arrays in groups["reach"]]),
+            chosen([tuple(array[number] for array in arrays) for arrays in parts]),
+            united([tuple(array[number] for array in arrays) for arrays in reach]),
             source.doubts,
         )
         for number, out in enumerate(results)
     ]
-
-
-def _move(func: Any, given: Given, array: Tensor) -> list[Tensor]:
-    """Apply an operation that moves elements to an array of positions."""
-    moved = _call(func, given, array)
-    return [compress(one) for one in ([moved] if isinstance(moved, Tensor) else moved)]

@@ -143,11 +143,7 @@ class ForwardTrace(TorchDispatchMode):
             refused = str(reason)
         found = [(key, tensor) for key, tensor in tensors(output) if storage(tensor) in self._seen]
         if not found and not refused:
-            refused = (
-                "it returns nothing that depends on the image, as far as torch can see"
-                if tensors(output)
-                else f"it returns a {type(output).__name__}, in which no tensor was found"
-            )
+            refused = f"it returns a {type(output).__name__}, in which torch finds nothing that depends on the image"
         self.events[path] = ModuleCall(
             order=self._finished,
             clock=self._clock,

@@ -34,22 +34,6 @@ GRAIN = 1024
 
 
 @dataclass(frozen=True)
-class Placement:
-    """The positions of a map's rows and columns.
-
-    Attributes:
-        rows: vertical positions; None if the rows divide the image evenly and every pixel is seen
-        columns: horizontal positions, likewise
-        unseen: description of the pixels that no location sees, or the reason why positions are unknown;
-            empty if neither applies
-    """
-
-    rows: Axis | None = None
-    columns: Axis | None = None
-    unseen: str = ""
-
-
-@dataclass(frozen=True)
 class TracedLayer:
     """A module whose output is a feature map, or a vector.
 
@@ -61,8 +45,7 @@ class TracedLayer:
         parameters: number of parameters of the network up to there
         macs: multiply-adds of the network up to there, for one image
         is_vector: whether the output is one vector for the whole image
-        positions: positions in the image of the output's values, from which the placement follows
-        placement: positions of its locations in the image
+        positions: positions in the image of the output's values; None for a vector
     """
 
     module: str
@@ -73,33 +56,42 @@ class TracedLayer:
     macs: int
     is_vector: bool
     positions: Positions | None = field(default=None, repr=False)
-    placement: Placement = Placement()
 
     def feature_map(self, source: str, image_size: Size) -> FeatureMap:
         """Describe the layer, named `model:layer`, on images of a size `(height, width)`."""
+        rows, columns, unseen = None, None, ""
+        if not self.is_vector:
+            rows, columns, unseen = find_placement(self.positions, self.layout, image_size)
         return FeatureMap(
             source,
             self.layout.channels,
             self.layout.height,
             self.layout.width,
-            self.placement.rows,
-            self.placement.columns,
+            rows,
+            columns,
             module=self.module,
             order=self.order,
             reduction=image_size[0] / self.layout.height,
             encoder_parameters=self.parameters,
             encoder_macs=self.macs,
-            unseen=self.placement.unseen,
+            unseen=unseen,
         )
 
 
-def find_placement(positions: Positions | None, layout: Layout, size: Size) -> Placement:
-    """Find the placement of a feature map on images of a size `(height, width)`.
+def find_placement(
+    positions: Positions | None, layout: Layout, size: Size
+) -> tuple[Axis | None, Axis | None, str]:
+    """Find the positions of a feature map's rows and columns on images of a size `(height, width)`.
 
     Args:
         positions: positions of the values that the module returned, or None
         layout: conversion of these values into a feature map
         size: size of the images in pixels
+
+    Returns:
+        the positions of rows, and of columns, each None if they divide the image evenly and every pixel is
+            seen; and a description of the pixels that no location sees, or the reason why positions are
+            unknown, empty if neither applies
     """
     try:
         if positions is None or not positions.parts or all(part[2].isinf().all() for part in positions.parts):
@@ -113,10 +105,11 @@ def find_placement(positions: Positions | None, layout: Layout, size: Size) -> P
         rows = _axis(centres[0], layout.height, size[0], top, -bottom)
         columns = _axis(centres[1].T, layout.width, size[1], left, -right)
     except Refused as reason:
-        return Placement(
-            unseen=f"where its locations lie in the image is not known ({reason}); it is taken to be divided evenly"
+        unknown = (
+            f"where its locations lie in the image is not known ({reason}); it is taken to be divided evenly"
         )
-    return Placement(rows, columns, describe_unseen(rows, columns, size))
+        return None, None, unknown
+    return rows, columns, describe_unseen(rows, columns, size)
 
 
 def _map(array: Tensor, positions: Positions, layout: Layout) -> Tensor:

@@ -197,11 +197,7 @@ def _layout(
             "which of its tokens lie where in the image cannot be measured, and their number does not tell"
         )
     if len(shape) == 3:
-        for axes, channel, token, skipped in (
-            ("NLC", 2, 1, prefix or 0),
-            ("NLC", 2, 1, 0),
-            ("NCL", 1, 2, 0),
-        ):
+        for axes, channel, token, skipped in (("NLC", 2, 1, prefix or 0), ("NLC", 2, 1, 0), ("NCL", 1, 2, 0)):
             grids = [_grid(s[token] - skipped, size) for s, size in zip(both, sizes, strict=True)]
             if shape[channel] == later[channel] and all(grids) and _grows(grids, sizes):
                 found.append(Layout(axes, shape[channel], *grids[0], prefix=skipped, key=key))

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,7 +19,6 @@ from afterimage.models.encoders.layers import (
     OUTPUT,
     ROLES,
     TracedLayer,
-    find_placement,
     layers_by_role,
     stages,
 )
@@ -69,8 +65,6 @@ class Trace:
         self._prefix, self._nhwc = network.prefix_tokens(model), getattr(model, "output_fmt", "") == "NHWC"
         self._uses = first.factors, first.matrices
         self.reads = _reads(model, first)
-        self._clocks = [clock for clock, _, _ in self.reads]
-        self._totals = [0, *itertools.accumulate(count for _, _, count in self.reads)]
         self.modules = dict.fromkeys(path for path, _ in model.named_modules())
         self.aliases = network.aliases(model) | ({} if OUTPUT in self.modules else {OUTPUT: ""})
         self.layers: dict[str, TracedLayer] = {}
@@ -116,7 +110,7 @@ class Trace:
             layout, is_vector = find_vector(shapes, later), True
             if layout is None:
                 raise Refused(f"{reason}{self._hint(path, shapes)}") from None
-        total = self._totals[bisect_right(self._clocks, event.clock)]
+        total = sum(count for clock, _, count in self.reads if clock <= event.clock)
         return TracedLayer(path, layout, event.order, event.clock, total, event.macs, is_vector, positions)
 
     def _hint(self, path: str, shapes: Shapes) -> str:
@@ -153,7 +147,7 @@ class Trace:
             valid = dict.fromkeys([*self.names, *self.by_order, *self.named, OUTPUT])
             raise unknown(f"layer of {model}", name, valid, limit=min(40, max(12, len(self.names))))
         try:
-            found = self._find(path, keys) if path in self.modules else self.named[path]
+            return self._find(path, keys) if path in self.modules else self.named[path]
         except Refused as reason:
             if path not in self._events and self.failure:
                 raise cannot_run(self.network, self.image_size, self.failure) from None
@@ -161,10 +155,6 @@ class Trace:
                 f"{model}:{name} cannot be inverted: {reason}. Valid: {', '.join(self.names or self.by_order)}; "
                 f"`afterimage layers {model} --all-modules` lists every module"
             ) from None
-        placement = found.placement
-        if not found.is_vector:
-            placement = find_placement(found.positions, found.layout, self.image_size)
-        return replace(found, placement=placement, positions=None)
 
     def describe(self, name: str) -> FeatureMap:
         """Describe a layer by its name, see `layer`."""

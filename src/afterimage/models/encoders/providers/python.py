@@ -68,10 +68,8 @@ class OwnNetwork(Network):
 
         size = size_pair(given("image_size") or 224)
         channels = _channels(module, size)
-        asked = [
-            0.0 if given("mean") is None else given("mean"),
-            1.0 if given("std") is None else given("std"),
-        ]
+        pairs = ((given("mean"), 0.0), (given("std"), 1.0))
+        asked = [default if value is None else value for value, default in pairs]
         try:
             mean, std = (
                 (float(value),) * channels if isinstance(value, Real) else tuple(map(float, value))
