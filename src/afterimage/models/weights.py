@@ -164,11 +164,12 @@ def _from_path(model: str, path: Path, names: Sequence[str], snapshot: Sequence[
         )
     if path.is_dir() and (path / CONFIG).is_file():
         found = named_config(str(path.absolute())).get("architecture")
-        own = named_config(model).get("architecture") if "/" in model else model
-        if isinstance(found, str) and found.partition(".")[0] != str(own).partition(".")[0]:
-            raise AfterimageError(
-                f"the folder {shown(path)} holds weights of {found}, by its {CONFIG}, and not of {model}"
-            )
+        if isinstance(found, str):  # a network of timm's
+            own = named_config(model).get("architecture") if "/" in model else model
+            if found.partition(".")[0] != str(own).partition(".")[0]:
+                raise AfterimageError(
+                    f"the folder {shown(path)} holds weights of {found}, by its {CONFIG}, and not of {model}"
+                )
     if not file.is_file():
         raise AfterimageError(f"there are no weights at {shown(path)}; write {WEIGHTS}")
     return _weights(model, "path", str(file), file)
