@@ -200,14 +200,9 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "numpy.core.numeric._frombuffer": _from_bytes,
     **dict.fromkeys(("builtins.dict", "__builtin__.dict"), Items),
     **dict.fromkeys(("builtins.set", "__builtin__.set"), lambda items=(): set(items)),
-    **dict.fromkeys(
-        (f"torch._utils._rebuild_{name}" for name in (
-            "parameter", "parameter_with_state", "xla_tensor", "device_tensor_from_numpy",
-            "device_tensor_from_cpu_tensor",
-        )),
-        lambda data, *_: data,
-    ),
-}  # fmt: skip
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+}
 """Functions that may be called, by their names in pickles; no other function ever is."""
 
 
