@@ -15,6 +15,7 @@ from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.providers.python import OwnNetwork
 from afterimage.models.encoders.tracing import Trace, list_layers
+from afterimage.models.reconstructor import MultiEncoder
 
 SIZE = 32
 
@@ -299,6 +300,19 @@ def test_chance_in_a_network_and_mixing_in_a_batch_are_noted():
     assert "differ from one pass to the next" in random.notes[1]
     mixing = Encoder(Net(lambda m: m - m.mean(0, keepdim=True)), ["output"], image_size=SIZE)
     assert "depend on the others in its batch" in mixing.notes[1]
+
+
+def test_remarks_on_a_network_reach_the_notes_of_its_runs(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\n"
+        "class Noisy(torch.nn.Module):\n"
+        "    def forward(self, images):\n"
+        "        return images + torch.rand_like(images)\n"
+    )
+    encoders = MultiEncoder([f"python/{file}:Noisy:output"], image_size=SIZE)
+    as_is, varies = encoders.remarks_of(encoders.sources)
+    assert "as they are, in [0, 1]" in as_is and "differ from one pass to the next" in varies
 
 
 def test_what_bypasses_the_layer_is_found():
