@@ -120,6 +120,8 @@ class ProjectedFusion(Fusion):
 
     def project(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return every source as `(B, channels, h, w)`; maps that shrink are resampled before projection."""
+        if len(features) != len(self.specs):
+            raise AfterimageError(f"this fusion takes {len(self.specs)} feature maps, got {len(features)}")
         projected = []
         for feature, canvas, projection in zip(features, self.canvases, self.projections, strict=True):
             shrinks = feature.shape[-2] > self.size[0] or feature.shape[-1] > self.size[1]
