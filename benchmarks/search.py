@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from afterimage.analysis.inversion.invert import Snapshot
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
 from afterimage.analysis.inversion.run import InversionInputs, from_data
 from afterimage.config import AfterimageError, RunConfig
@@ -83,7 +82,7 @@ def _row(settings: Settings, what: str, goal: Goal, config: RunConfig) -> Row:
     ours = Refinement(reconstructor, method, errors, 0)
     reference = _curve(plain, given, metrics, device)[-1]
     settings.say(f"the plain search: {reference}", 1, 1)
-    points = _curve(ours, given, metrics, device, range(0, ours.steps, LOOK))
+    points = _curve(ours, given, metrics, device, range(0, method.steps, LOOK))
     near = (p for p in points if p.psnr >= reference.psnr - TOLERANCE and p.lpips <= reference.lpips)
     reached = next(near, None)
     settings.say(f"ours: {reached}", 1, 1)
@@ -106,14 +105,10 @@ def _curve(
     images = given.images.crops(torch.arange(len(given.images)), device=device)
     points: list[Point] = []
     watched, started = 0.0, time.process_time()
-
-    def look(snapshot: Snapshot) -> None:
-        nonlocal watched
+    for found in refinement(images, milestones=looks):
         now = time.process_time()
-        scores = metrics(snapshot.images, images)
+        scores = metrics(found.images, images)
         means = (statistics.fmean(scores[name]) for name in ("psnr", "lpips"))
-        points.append(Point(snapshot.step, (now - started - watched) / len(images), *means))
+        points.append(Point(found.step, (now - started - watched) / len(images), *means))
         watched += time.process_time() - now
-
-    refinement(images, callback=look, milestones=looks)
     return points

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import command_line
-from afterimage.analysis.inversion.invert import Inversion, Snapshot
-from afterimage.analysis.inversion.measure import best_step, curve_steps, measure
+from afterimage.analysis.inversion.invert import Inversion, curve_steps
+from afterimage.analysis.inversion.measure import best_step, measure
 from afterimage.analysis.inversion.refinement import Refinement
 from afterimage.analysis.inversion.run import from_data, from_files
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
@@ -326,27 +326,25 @@ def test_mistakes_are_one_message(command, arguments, message):
 def test_refining_starts_at_the_decoders_answer(run, place):
     reconstructor = load_reconstructor(run)
     images = from_data(run.config.data, cache=place / "cache").images.crops([0, 1])
-    looks = []
-    result = Refinement(reconstructor, InvertConfig(steps=8), None, seed=0)(images, callback=looks.append)
+    looks = list(Refinement(reconstructor, InvertConfig(steps=8), None, seed=0)(images))
     torch.testing.assert_close(looks[0].images, reconstructor.reconstruct(images))
-    assert (result.loss < looks[0].loss).all()
+    assert (looks[-1].loss < looks[0].loss).all()
     features = reconstructor.encoders(images)[0]
     assert not features.requires_grad  # the encoder is back as it was
     prior = Refinement(reconstructor, InvertConfig("prior", steps=1), None, seed=0)
-    assert prior(images).images.shape == images.shape
+    assert list(prior(images))[-1].images.shape == images.shape
 
 
 def test_measuring_counts_the_search_alone(place):
     given = from_files(write_images(place / "measured", 5), resize=36, crop=32)
 
-    def search(images, *, callback, milestones, progress):
+    def search(images, *, progress):
         worse = (images * 0.5).clamp(0, 1)
         loss = torch.arange(float(len(images)))
-        callback(Snapshot(0, 0.0, worse, loss + 1))
-        callback(Snapshot(milestones[-1], 2.0, images, loss))
-        return Inversion(images, loss, 4.0)
+        yield Inversion(worse, loss + 1, 0.0, 0)
+        yield Inversion(images, loss, 4.0, 6)
 
-    measured = measure(search, given.images, Metrics(size=32), 6)
+    measured = measure(search, given.images, Metrics(size=32))
     assert measured.seconds == pytest.approx(8 / 5)  # two batches of 4 seconds
     assert [row["psnr"] for row in measured.rows] == [100.0] * 5
     assert [row["feature_loss"] for row in measured.rows] == [0, 1, 2, 3, 0]

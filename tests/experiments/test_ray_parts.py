@@ -11,7 +11,7 @@ import afterimage.runtime.terminal
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
 from afterimage.config.study import StudyConfig
-from afterimage.experiments.ray import cluster, driver
+from afterimage.experiments.ray import driver
 from afterimage.experiments.ray.cluster import BASE_BYTES, describe, group_bytes, share_machines
 from afterimage.experiments.ray.driver import find_bounds_on_ray
 from afterimage.experiments.ray.worker import identify, pack, unpack
@@ -79,21 +79,20 @@ def test_a_bound_whose_worker_sees_no_folder_is_found_here_after_the_others(tmp_
     runs = [Run.create(tmp_path, RunConfig((f"{MODEL}:layer{number}",))) for number in (1, 2)]
     answers, order = [None, ([], [])], []
 
-    def get(what):
-        if what == "messages":
-            return []
-        order.append(what)
-        return answers[what]
+    class Tasks:
+        def __init__(self, *_):
+            self.running, self.show, self.close = [], print, list
 
-    task = SimpleNamespace(remote=lambda *_, number, **__: number)
-    ray = SimpleNamespace(
-        nodes=lambda: [node(4)], remote=lambda _: SimpleNamespace(options=lambda **_: task), get=get,
-        wait=lambda tasks, **_: (tasks[:1], tasks[1:]), kill=print,
-        exceptions=SimpleNamespace(RayTaskError=OSError, TaskCancelledError=OSError, RayError=OSError),
-    )  # fmt: skip
-    messages = SimpleNamespace(take=SimpleNamespace(remote=lambda: "messages"))
+        def submit(self, number, *_, **__):
+            self.running.append(number)
+
+        def ended(self):
+            order.append(self.running.pop(0))
+            return [(order[-1], answers[order[-1]])]
+
+    ray = SimpleNamespace(nodes=lambda: [node(4)])
     monkeypatch.setattr(driver, "connect", lambda *_: contextlib.nullcontext(ray))
-    monkeypatch.setattr(cluster, "messages_here", lambda _: messages)
+    monkeypatch.setattr(driver, "Tasks", Tasks)
     monkeypatch.setattr(driver, "find_bounds", lambda *_, **__: order.append("here") or runs[:1])
     assert find_bounds_on_ray(runs, STUDY, tmp_path, []) == runs[:1]
     assert order == [0, 1, "here"]

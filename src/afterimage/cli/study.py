@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -134,15 +135,16 @@ class Study:
                 if failures:
                     raise SystemExit(1)
                 return
-            runs, failures = run_study(
-                study,
-                root,
-                cache=self.cache,
-                accelerator=self.device,
-                progress=display,
-                part=part,
-                **executor,
-            )
+            with self._cluster(display):
+                runs, failures = run_study(
+                    study,
+                    root,
+                    cache=self.cache,
+                    accelerator=self.device,
+                    progress=display,
+                    part=part,
+                    **executor,
+                )
         if not on_main_process():
             raise SystemExit(1 if failures else 0)
         try:
@@ -159,18 +161,24 @@ class Study:
 
     def _executor(self) -> dict[str, Any]:
         """Return the functions of Ray that train runs and find bounds, with their options; empty for this process."""
-        asked = given(self, "address", "cpus", "retries")
+        asked = given(self, "cpus", "retries")
         for name, least in (("cpus", 1), ("retries", 0)):
             check_range(f"--{name}", asked.get(name, least), least, MAX_PROCESSES)
         if self.executor == "ray":
-            from afterimage.experiments.ray.cluster import import_ray
             from afterimage.experiments.ray.driver import find_bounds_on_ray, train_on_ray
 
-            import_ray()  # report a missing Ray before any work
             return {"train": partial(train_on_ray, **asked), "bounds": partial(find_bounds_on_ray, **asked)}
-        for name in asked:
+        for name in given(self, "address", "cpus", "retries"):
             raise AfterimageError(f"--{name} goes with --executor ray")
         return {}
+
+    def _cluster(self, display: Display) -> AbstractContextManager:
+        """Connect to the Ray cluster, if there is to be one, for both training and bounds."""
+        if self.executor == "local":
+            return nullcontext()
+        from afterimage.experiments.ray.cluster import connect
+
+        return connect(self.address, partial(display, done=1, total=1))
 
     def _changed(self, study: StudyConfig) -> StudyConfig:
         """Return the study with the options of the command line in place of its own settings."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import matplotlib
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from afterimage.analysis.audit.defences import Defence, create_defence
 from afterimage.analysis.inversion.decoder_errors import DecoderErrors
-from afterimage.analysis.inversion.invert import Snapshot, encode
-from afterimage.analysis.inversion.measure import curve_steps
+from afterimage.analysis.inversion.invert import encode
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
 from afterimage.analysis.inversion.run import from_files
 from afterimage.config import DataConfig, split_source
@@ -33,6 +31,8 @@ from afterimage.runs.results import LpipsStatus
 from afterimage.runs.run import Run
 from afterimage.training.checkpoint import load_reconstructor
 
+LENT = 0.005
+"""Seconds after each pass of a search in which another thread may take the networks."""
 HEAT = 0.25
 """Mean absolute colour difference of a pixel, in [0, 1], at which a heat map reaches its brightest colour."""
 KEPT = 4
@@ -105,7 +105,7 @@ class LiveDecoder:
         self._encoded = lru_cache(KEPT)(self._encode)
         self._defence = lru_cache(KEPT * len(self.specs))(self._fit_defence)
         self._errors = lru_cache(KEPT)(self._learn_errors)
-        self._turns = _Turns()
+        self._networks = threading.Lock()  # held while they run, since they keep features meanwhile
 
     def show(self, state: LiveState, image: Path, second: Path) -> LiveView:
         """Decode the features of `image` after the changes in `state`; the result depends on the arguments alone.
@@ -120,7 +120,7 @@ class LiveDecoder:
         Raises:
             BadImage: a file is not an image, or has too many pixels
         """
-        with self._turns.turn():
+        with self._networks:
             return self._view(state, image, second, self._decode(self._features(state, image, second)))
 
     def refine(
@@ -141,39 +141,23 @@ class LiveDecoder:
         Raises:
             AfterimageError: a file is not an image, or the search failed
         """
-        with self._turns.turn():
+        with self._networks:
             targets = [target.clone() for target in self._features(state, image, second)]
             errors = self._errors(frozenset((state.image, state.second)))
-        refinement = Refinement(self.reconstructor, InvertConfig(steps=steps), errors, seed=0)
-        found: Queue[Snapshot | Exception | None] = Queue()
-        stopped = threading.Event()
+            refinement = Refinement(self.reconstructor, InvertConfig(steps=steps), errors, seed=0)
+            search = refinement.of_features(targets, progress=self._lend)
+        while True:
+            with self._networks:
+                if (found := next(search, None)) is None:
+                    return
+                view = self._view(state, image, second, found.images)
+            yield found.step, view
 
-        def progress(*_: Any, **__: Any) -> None:
-            self._turns.lend()
-            if stopped.is_set():
-                raise _Closed
-
-        def search() -> None:
-            watched = {"callback": found.put, "milestones": curve_steps(steps), "progress": progress}
-            try:
-                with self._turns.turn():
-                    refinement.of_features(targets, **watched)
-                found.put(None)
-            except Exception as error:
-                found.put(error)
-
-        thread = threading.Thread(target=search, daemon=True)
-        thread.start()
-        try:
-            while isinstance(snapshot := found.get(), Snapshot):
-                with self._turns.turn():
-                    view = self._view(state, image, second, snapshot.images)
-                yield snapshot.step, view
-            if snapshot is not None:
-                raise snapshot
-        finally:
-            stopped.set()
-            thread.join()
+    def _lend(self, *_: Any, **__: Any) -> None:
+        """Between two passes of a search, leave the networks to a visitor who waits for them."""
+        self._networks.release()
+        time.sleep(LENT)
+        self._networks.acquire()
 
     def _encode(self, path: Path) -> tuple[Tensor, tuple[Tensor, ...]]:
         most = MAX_PIXELS if path in examples().values() else self.max_pixels
@@ -255,33 +239,6 @@ class LiveDecoder:
                     yield f"{count:,} of {spec.values:,} values{which} were changed"
             if (text := state.defence(spec)) != "none":
                 yield f"sent{which} as {text}"
-
-
-class _Turns:
-    """Lock that gives the networks to one thread at a time, since they hold features while they run."""
-
-    def __init__(self) -> None:
-        self._next, self._busy = threading.Lock(), threading.Lock()
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait until the networks are free; hold them inside the block."""
-        with self._next:
-            self._busy.acquire()
-        try:
-            yield
-        finally:
-            self._busy.release()
-
-    def lend(self) -> None:
-        """Inside a turn, release the networks to the next waiting thread, if there is one, then take them again."""
-        self._busy.release()
-        with self._next:
-            self._busy.acquire()
-
-
-class _Closed(Exception):
-    """Exception that ends a search whose iterator was closed."""
 
 
 @lru_cache(KEPT)

@@ -4,7 +4,7 @@ import torch
 
 from afterimage.analysis.inversion.batched_lbfgs import LBFGS
 from afterimage.analysis.inversion.decoder_errors import WHITENING_FLOOR, DecoderErrors
-from afterimage.analysis.inversion.invert import invert
+from afterimage.analysis.inversion.invert import invert, search
 from afterimage.analysis.inversion.objective import Objective, alpha_norm, feature_distance, total_variation
 from afterimage.analysis.inversion.parametrizations import (
     PARAMETRISATIONS,
@@ -197,11 +197,10 @@ def test_of_several_starts_the_nearest_is_kept():
 
 
 def test_the_best_image_is_kept_and_watched():
-    originals, looks = sample_images(2), []
+    originals = sample_images(2)
     config = InvertConfig("pixels", "adam", steps=30, learning_rate=0.5)  # overshoots
-    result = invert(
-        nonlinear, nonlinear(originals), SIZE, method=config, callback=looks.append, milestones=(1, 10)
-    )
+    looks = list(search(nonlinear, nonlinear(originals), SIZE, method=config, milestones=(1, 10)))
+    result = invert(nonlinear, nonlinear(originals), SIZE, method=config)
     assert [look.step for look in looks] == [0, 1, 10, 30]
     losses = torch.stack([look.loss for look in looks])
     assert (losses.diff(dim=0) <= 0).all()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,25 +30,26 @@ FINAL = 0.02
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """State of a search after `step` passes and `seconds`: best images so far and their feature distance."""
-
-    step: int
-    seconds: float
-    images: Images
-    loss: Float[Tensor, " batch"]
-
-
-@dataclass(frozen=True)
 class Inversion:
-    """Best images found, in [0, 1], their relative feature distance, and the seconds that the whole batch took."""
+    """Best images of a search so far, in [0, 1], and their relative feature distance.
+
+    `seconds` is the time that the whole batch took, and `step` the number of passes.
+    """
 
     images: Images
     loss: Float[Tensor, " batch"]
     seconds: float
+    step: int
 
 
-def invert(
+def curve_steps(steps: int) -> list[int]:
+    """Return the steps of a saturation curve: about three for each doubling of the passes, and the last."""
+    return sorted(
+        {max(1, round(2 ** (i / 3))) for i in range(3 * steps.bit_length())} & set(range(steps)) | {steps}
+    )
+
+
+def search(
     features_of: FeaturesOf,
     targets: Sequence[Tensor],
     size: tuple[int, int],
@@ -57,9 +59,8 @@ def invert(
     errors: DecoderErrors | None = None,
     seed: int = 0,
     progress: Progress = silent,
-    callback: Callable[[Snapshot], None] | None = None,
-    milestones: Sequence[int] = (),
-) -> Inversion:
+    milestones: Iterable[int] | None = None,
+) -> Iterator[Inversion]:
     """Search for images `(B, 3, *size)` whose features are `targets`, from `start` or from grey.
 
     Args:
@@ -73,12 +74,12 @@ def invert(
             colours and frequencies, every method those of features
         seed: seed of the noise, of the jitter and of `prior`
         progress: called with the number of passes and the mean feature distance
-        callback: called with a `Snapshot` of the start, of each number of passes in `milestones` and of the end
-        milestones: numbers of passes
+        milestones: numbers of passes after which to yield; None for `curve_steps`
 
-    Returns:
-        the best images found, or the start where nothing was better. They are clamped only here, `loss` belongs to
-            the images before. An image's result depends on `seed` but not on the other images of the batch
+    Yields:
+        the start, the best images after each milestone, and at last the result: the best images found, or the start
+            where nothing was better. They are clamped only here, `loss` belongs to the images before. An image's
+            result depends on `seed` but not on the other images of the batch
 
     Raises:
         AfterimageError: shapes do not match, or a loss is not finite
@@ -99,18 +100,23 @@ def invert(
         errors and errors.whitening,
     )
     form = PARAMETRISATIONS[config.method](begin, seed, errors and errors.spectrum)
-    best = _Best(count, config.starts)
-    started, watched = time.monotonic(), 0.0
+    milestones = {0, *(curve_steps(config.steps) if milestones is None else milestones), config.steps}
+    best, seconds, lap = _Best(count, config.starts), 0.0, time.monotonic()
     for step, (images, loss, distance) in enumerate(
         OPTIMIZERS[config.optimizer](form, objective, config, generator)
     ):
         best.take(images, loss, distance, step)
         progress("inverting", step, config.steps, feature_distance=lambda: float(best.chosen()[1].mean()))
-        if callback is not None and (step == 0 or step in milestones or step == config.steps):
-            paused = time.monotonic()
-            callback(Snapshot(step, paused - started - watched, *best.chosen()))
-            watched += time.monotonic() - paused
-    return Inversion(*best.chosen(), time.monotonic() - started - watched)
+        if step in milestones:
+            seconds += time.monotonic() - lap
+            yield Inversion(*best.chosen(), seconds, step)
+            lap = time.monotonic()
+
+
+def invert(*arguments: Any, **options: Any) -> Inversion:
+    """Return the result of a `search`; the arguments are the same."""
+    *_, result = search(*arguments, milestones=(), **options)
+    return result
 
 
 def _starts(start: Tensor | None, shape: tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:
@@ -181,7 +187,7 @@ class _Best:
         self.images[better] = images[better]
         self.loss = torch.where(better, loss, self.loss)
         self.distance = torch.where(better, distance, self.distance)
-        if not (better | torch.isfinite(loss)).all() and torch.isnan(loss).all():
+        if torch.isnan(loss).all():
             raise AfterimageError(
                 f"the loss is not finite after {step} steps; a lower learning_rate may help"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from afterimage.analysis.inversion.invert import Inversion, Snapshot
+from afterimage.analysis.inversion.invert import Inversion
 from afterimage.config import AfterimageError
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import evaluate_together, summarise
@@ -28,8 +28,8 @@ from afterimage.runs.results import BoundControls, Score
 from afterimage.runtime.terminal import Progress, silent
 
 Images = Float[Tensor, "batch 3 height width"]
-Search = Callable[..., Inversion]
-"""Function that searches for a batch: `search(images, progress=)`, or with `callback=` and `milestones=` as well."""
+Search = Callable[..., Iterator[Inversion]]
+"""Function that searches for a batch, `search(images, progress=)`, and yields its course and, last, its result."""
 Curve = list[dict[str, Any]]
 """Scores by image and number of passes."""
 
@@ -58,14 +58,15 @@ class Batches:
                 return None
             facts = json.loads(metadata["facts"])
             found, loss = (tensors[name].to(images.device) for name in ("images", "loss"))
-            return Inversion(found, loss, facts["seconds"]), facts["curve"]
+            return Inversion(found, loss, facts["seconds"], facts["step"]), facts["curve"]
         except (AfterimageError, KeyError, ValueError):
             return None
 
     def save(self, images: Images, result: Inversion, curve: Curve) -> None:
         """Store the result of the search for `images` and its curve."""
         tensors = plain({"images": result.images, "loss": result.loss})
-        key, facts = self._key(images), json.dumps({"seconds": result.seconds, "curve": curve})
+        facts = json.dumps({"seconds": result.seconds, "step": result.step, "curve": curve})
+        key = self._key(images)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self._path(key), save(tensors, {"key": key, "facts": facts}))
 
@@ -80,13 +81,6 @@ class Batches:
     def _key(self, images: Tensor) -> str:
         pixels = images.detach().cpu().contiguous().numpy().tobytes()
         return hashlib.sha256(self.made_for.encode() + pixels).hexdigest()
-
-
-def curve_steps(steps: int) -> list[int]:
-    """Return the steps of a saturation curve: about three for each doubling of the passes, and the last."""
-    return sorted(
-        {max(1, round(2 ** (i / 3))) for i in range(3 * steps.bit_length())} & set(range(steps)) | {steps}
-    )
 
 
 def best_step(curve: Curve) -> int:
@@ -113,7 +107,6 @@ def measure(
     search: Search,
     image_set: ImageSet,
     metrics: Metrics,
-    steps: int,
     *,
     device: str = "cpu",
     progress: Progress = silent,
@@ -128,7 +121,7 @@ def measure(
     for part in parts:
         images, ids = image_set.crops(part, device=device), [image_set.ids[i] for i in part.tolist()]
         result, own = search_batch(
-            search, images, ids, metrics, steps, progress=progress, snapshot=snapshot, batches=batches
+            search, images, ids, metrics, progress=progress, snapshot=snapshot, batches=batches
         )
         curve += own
         seconds += result.seconds
@@ -152,7 +145,6 @@ def search_batch(
     images: Images,
     ids: Sequence[str] = (),
     metrics: Metrics | None = None,
-    steps: int = 0,
     *,
     progress: Progress = silent,
     snapshot: Callable[[Images], None] | None = None,
@@ -165,36 +157,27 @@ def search_batch(
         images: the originals, `(B, 3, H, W)` in [0, 1]
         ids: names of the images, for the curve
         metrics: metrics of the curve; None for no curve
-        steps: number of passes of the search, for the curve
         progress: called during the search
-        snapshot: called with the best images so far at every milestone of the curve
+        snapshot: called with the best images so far at every step of the curve
         batches: store of finished batches; None to store nothing
     """
     kept = batches.load(images) if batches else None
     if kept is not None and (metrics is None or kept[1]):
         return kept
     curve: Curve = []
-    watched: dict[str, Any] = {}
-    if metrics is not None:
-        metrics.to(images.device)
-
-        def callback(look: Snapshot) -> None:
-            scores = metrics(look.images, images)
-            values = zip(
-                ids, scores["psnr"], scores["lpips"] or [None] * len(ids), look.loss.tolist(), strict=True
-            )
-            seconds = look.seconds / len(images)
-            for name, psnr, lpips, loss in values:
-                row = {"id": name, "step": look.step, "seconds": seconds, "psnr": psnr, "lpips": lpips}
-                curve.append(row | {"feature_loss": loss})
-            if snapshot is not None:
-                snapshot(look.images)
-
-        watched = {"callback": callback, "milestones": curve_steps(steps)}
-    result = search(images, progress=progress, **watched)
+    for found in search(images, progress=progress):
+        if metrics is None:
+            continue
+        scores, seconds = metrics.to(images.device)(found.images, images), found.seconds / len(images)
+        columns = (ids, scores["psnr"], scores["lpips"] or [None] * len(ids), found.loss.tolist())
+        for name, psnr, lpips, loss in zip(*columns, strict=True):
+            row = {"id": name, "step": found.step, "seconds": seconds, "psnr": psnr, "lpips": lpips}
+            curve.append(row | {"feature_loss": loss})
+        if snapshot is not None:
+            snapshot(found.images)
     if batches:
-        batches.save(images, result, curve)
-    return result, curve
+        batches.save(images, found, curve)
+    return found, curve
 
 
 @torch.no_grad()

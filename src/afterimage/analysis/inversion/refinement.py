@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,9 @@ from afterimage.analysis.inversion.decoder_errors import DecoderErrors
 from afterimage.analysis.inversion.invert import (
     Images,
     Inversion,
-    Snapshot,
     differentiable,
     encode,
-    invert,
+    search,
 )
 from afterimage.analysis.inversion.measure import BATCH, Batches, Curve, Search, best_step, search_batch
 from afterimage.analysis.inversion.objective import feature_distance
@@ -41,22 +40,19 @@ class Refinement:
     errors: DecoderErrors | None
     seed: int
 
-    @property
-    def steps(self) -> int:
-        """Number of passes."""
-        return self.method.steps
-
-    def __call__(self, images: Images, **options: Any) -> Inversion:
-        """Refine the decoder's reconstructions of `images`; the options are those of `invert`."""
+    def __call__(self, images: Images, **options: Any) -> Iterator[Inversion]:
+        """Refine the decoder's reconstructions of `images`; options and results are those of `search`."""
         return self.of_features(encode(self.reconstructor.encoders, images), **options)
 
-    def of_features(self, targets: Sequence[Tensor], **options: Any) -> Inversion:
+    def of_features(self, targets: Sequence[Tensor], **options: Any) -> Iterator[Inversion]:
         """Refine the decoder's images of feature maps."""
         with torch.no_grad():
             start = self.reconstructor.feature_decoder(targets).clone()
         settings = {"method": self.method, "errors": self.errors, "seed": self.seed}
         with differentiable(self.reconstructor.encoders) as features_of:
-            return invert(features_of, targets, tuple(start.shape[-2:]), start=start, **settings, **options)
+            yield from search(
+                features_of, targets, tuple(start.shape[-2:]), start=start, **settings, **options
+            )
 
 
 @dataclass(frozen=True)
@@ -67,29 +63,15 @@ class BestEstimate:
     corrector: Corrector
     batches: Batches
 
-    @property
-    def steps(self) -> int:
-        """Number of passes."""
-        return self.refinement.steps
-
-    def __call__(
-        self,
-        images: Images,
-        *,
-        progress: Progress = silent,
-        callback: Callable[[Snapshot], None] | None = None,
-        milestones: Sequence[int] = (),
-    ) -> Inversion:
-        """Estimate `images`; `callback` gets the result alone, since a search has only one best estimate."""
+    def __call__(self, images: Images, *, progress: Progress = silent) -> Iterator[Inversion]:
+        """Yield the estimates of `images` alone, since a search has only one best estimate."""
         found, _ = search_batch(self.refinement, images, progress=progress, batches=self.batches)
-        result = self._corrected(encode(self.refinement.reconstructor.encoders, images), found)
-        if callback is not None:
-            callback(Snapshot(self.steps, result.seconds, result.images, result.loss))
-        return result
+        yield self._corrected(encode(self.refinement.reconstructor.encoders, images), found)
 
-    def of_features(self, targets: Sequence[Tensor], **options: Any) -> Inversion:
+    def of_features(self, targets: Sequence[Tensor]) -> Iterator[Inversion]:
         """Refine and correct the decoder's images of feature maps."""
-        return self._corrected(targets, self.refinement.of_features(targets, **options))
+        *_, found = self.refinement.of_features(targets)
+        yield self._corrected(targets, found)
 
     @torch.no_grad()
     def _corrected(self, targets: Sequence[Tensor], found: Inversion) -> Inversion:
@@ -97,7 +79,9 @@ class BestEstimate:
         decoded = reconstructor.feature_decoder(targets).clone()
         images = correct(self.corrector, decoded, found.images, self.refinement.method.precision)
         seconds = found.seconds + time.monotonic() - started
-        return Inversion(images, feature_distance(reconstructor.encoders(images), targets), seconds)
+        return Inversion(
+            images, feature_distance(reconstructor.encoders(images), targets), seconds, found.step
+        )
 
 
 def decoder_errors(
@@ -133,7 +117,7 @@ def choose_passes(
     for indices in tried.split(BATCH):
         images, ids = image_set.crops(indices, device=device), [image_set.ids[i] for i in indices.tolist()]
         options = {"progress": progress, "batches": batches}
-        curve += search_batch(refinement, images, ids, metrics, refinement.steps, **options)[1]
+        curve += search_batch(refinement, images, ids, metrics, **options)[1]
         progress("choosing the number of passes", int(indices[-1] - tried[0]) + 1, len(tried))
     return best_step(curve)
 
@@ -173,9 +157,11 @@ def learn_from(
 def plain_search(encoders: Encoders, method: InvertConfig, seed: int) -> Search:
     """Return a search from grey."""
 
-    def search(images: Images, **options: Any) -> Inversion:
+    def from_grey(images: Images, **options: Any) -> Iterator[Inversion]:
         targets = encode(encoders, images)
         with differentiable(encoders) as features_of:
-            return invert(features_of, targets, tuple(images.shape[-2:]), method=method, seed=seed, **options)
+            yield from search(
+                features_of, targets, tuple(images.shape[-2:]), method=method, seed=seed, **options
+            )
 
-    return search
+    return from_grey

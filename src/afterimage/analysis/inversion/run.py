@@ -217,11 +217,11 @@ def _from_decoder(
             f"the number of passes, {steps} of at most {method.steps}, is the best in {what} for {images}"
         )
     kept, learning = (
-        Batches(path, [made_for, refinement.steps]) for path in (folders["refined"].path, aside)
+        Batches(path, [made_for, refinement.method.steps]) for path in (folders["refined"].path, aside)
     )
     options |= {"start": start, "prior": prior}
     if folder := missing.get("refined"):
-        _make(folder, encoders, refinement, refinement.steps, given, notes, kept, **options)
+        _make(folder, encoders, refinement, given, notes, kept, **options)
     if folder := missing.get("estimate"):
         if validation is None:
             raise AfterimageError(
@@ -233,7 +233,7 @@ def _from_decoder(
         notes.append(f"learned from {images}, refined alike, in {steps}")
         best = BestEstimate(refinement, corrector, kept)
         # No batches of its own: the estimates start from those of the refinement.
-        _make(folder, encoders, best, best.steps, given, notes, None, **options)
+        _make(folder, encoders, best, given, notes, None, **options)
     kept.clear()
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -249,8 +249,7 @@ def invert_sources(
 ) -> None:
     """Invert images from grey through all sources of `encoders` together, into a run folder."""
     batches = Batches(folder.path, [_made_for(encoders, "", "", given, options["metrics"]), method.steps])
-    search = plain_search(encoders, method, seed)
-    _make(folder, encoders, search, method.steps, given, [], batches, **options)
+    _make(folder, encoders, plain_search(encoders, method, seed), given, [], batches, **options)
     batches.clear()
 
 
@@ -282,7 +281,6 @@ def _make(
     folder: Run,
     encoders: Encoders,
     search: Search,
-    steps: int,
     given: InversionInputs,
     notes: Sequence[str],
     batches: Batches | None,
@@ -306,9 +304,10 @@ def _make(
         write_image(folder.file("progress.png"), np.concatenate(list(to_uint8(images)), axis=1))
 
     measured = measure(
-        search, given.images, metrics, steps, device=device, progress=progress, snapshot=snapshot, batches=batches
+        search, given.images, metrics, device=device, progress=progress, snapshot=snapshot, batches=batches
     )  # fmt: skip
-    alone = None if prior is None else search.of_features(prior).images
+    alone = None if prior is None else list(search.of_features(prior))[-1].images
+    steps = measured.curve[-1]["step"]
     took = f"{counted(steps, 'pass', 'passes')} an inversion, {measured.seconds:.1f} s an image"
     facts = InversionFacts(
         steps=steps,

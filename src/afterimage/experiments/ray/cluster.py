@@ -14,7 +14,6 @@ from typing import Any
 from afterimage.config import AfterimageError, RunConfig, split_source
 from afterimage.experiments.cost import plan
 from afterimage.experiments.ray import worker
-from afterimage.experiments.ray.worker import Messages
 from afterimage.models.encoders.tracing import layer_info
 from afterimage.runtime.failures import Unexpected, let_go, one_line
 from afterimage.runtime.terminal import Progress
@@ -181,14 +180,6 @@ def describe(need: Mapping[str, int]) -> str:
     return f"{cpus} CPU{'s' * (cpus > 1)}, {'1 GPU, ' * gpus}{need['memory'] / 2**30:.1f} GiB"
 
 
-def messages_here(ray: Any) -> Any:
-    """Start the `Messages` actor on the driver's machine."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Messages).options(num_cpus=0, scheduling_strategy=here).remote()
-
-
 class Lost(AfterimageError):
     """Error that a task's worker was lost or stopped, so that the task may be submitted again; the text says how."""
 
@@ -199,37 +190,58 @@ class Tasks:
     Args:
         ray: the ray package
         progress: callback for the progress and messages of each task
-        count: number of tasks
+        needs: resources of each task, see `share_machines`
+        retries: number of times that a task whose worker is lost may be submitted again
     """
 
-    def __init__(self, ray: Any, progress: Progress, count: int) -> None:
-        self.ray, self.progress, self.count = ray, progress, count
-        self.messages, self.run_task = messages_here(ray), ray.remote(worker.run_task)
+    def __init__(
+        self, ray: Any, progress: Progress, needs: Sequence[Mapping[str, int]], retries: int
+    ) -> None:
+        from ray.util.queue import Queue
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self.ray, self.progress, self.needs, self.retries = ray, progress, needs, retries
+        # On this machine, which is not lost before the tasks are.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        self.run_task = ray.remote(worker.run_task)
+        self.lost = [0] * len(needs)
         self.running: dict[Any, int] = {}
         """Numbers of the tasks that have not ended, by Ray's reference to the task."""
 
     def show(self, number: int, what: str, done: int = 1, total: int = 1, **figures: Any) -> None:
         """Show the progress or a message of a task."""
-        self.progress(what, done, total, group=f"[{number + 1}/{self.count}]", **figures)
+        self.progress(what, done, total, group=f"[{number + 1}/{len(self.needs)}]", **figures)
 
-    def submit(
-        self, number: int, work: Callable[..., Any], need: Mapping[str, int], names: str, **arguments: Any
-    ) -> None:
+    def submit(self, number: int, work: Callable[..., Any], names: str, **arguments: Any) -> None:
         """Submit a task.
 
         Args:
             number: number of the task, from 0
             work: function of `worker` that the task calls
-            need: resources to request, see `share_machines`
             names: what the task does, for a message
             arguments: arguments of `work`
         """
+        need = self.needs[number]
         # No retries by Ray: they would ignore checkpoints and the limit `retries`.
         task = self.run_task.options(max_retries=0, **need).remote(
             work, arguments, number=number, threads=need["num_cpus"], messages=self.messages, **worker.driver_context()
         )  # fmt: skip
         self.running[task] = number
         self.show(number, f"waits for {describe(need)}: {names}", 0, 1)
+
+    def count_lost(self, number: int, who: str, why: str, start: str) -> None:
+        """Count a lost worker of the task that does `who`, and say where the next worker starts.
+
+        Raises:
+            AfterimageError: the retries are used up
+        """
+        self.lost[number] += 1
+        if self.lost[number] > self.retries:
+            times = f"{self.lost[number]} times, the last time by {why}"
+            raise AfterimageError(f"{who}: the worker was lost {times}")
+        retry = f"retry {self.lost[number]} of {self.retries}, {start} ({why:.200})"
+        self.show(number, f"the worker was lost: {retry}")
 
     def ended(self) -> list[tuple[int, Any]]:
         """Wait a moment, show new messages, and return the tasks that have ended since the last call.
@@ -240,7 +252,7 @@ class Tasks:
         time.sleep(TICK)
         running = list(self.running)
         ended = self.ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []
-        for number, what, done, total, figures in self.ray.get(self.messages.take.remote()):
+        for number, what, done, total, figures in self.messages.get_nowait_batch(self.messages.qsize()):
             self.show(number, what, done, total, **figures)
         return [(self.running.pop(task), self._outcome(task)) for task in ended]
 
@@ -265,4 +277,4 @@ class Tasks:
     def close(self) -> None:
         """Cancel all tasks and take no more messages."""
         self.cancel()
-        self.ray.kill(self.messages)
+        self.messages.shutdown(force=True)

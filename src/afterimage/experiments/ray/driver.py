@@ -18,7 +18,7 @@ from afterimage.experiments.ray.worker import Answer, identify, unpack
 from afterimage.experiments.study import find_bounds
 from afterimage.runs.lock import POLL
 from afterimage.runs.run import Run, forget, recorded_error
-from afterimage.runtime.failures import as_error, concerns, of_caller, one_line
+from afterimage.runtime.failures import collected, concerns, of_caller, one_line
 from afterimage.runtime.process import GracefulShutdown, graceful_shutdown
 from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS, remove_checkpoints
@@ -74,8 +74,8 @@ def train_on_ray(
             every = groups(zip(runs, configs, strict=True))
             sizes = [group_bytes(group.values()) for group in every]
             needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=queue.log)
-            jobs = [Job(*job) for job in zip(range(len(every)), every, needs, strict=True)]
-            Driver(Tasks(ray, progress, len(jobs)), queue, jobs, root, options, retries).work(stop)
+            tasks, jobs = Tasks(ray, progress, needs, retries), [Job(*job) for job in enumerate(every)]
+            Driver(tasks, queue, jobs, root, options).work(stop)
     report_failures(queue.failures, failures)
     return runs
 
@@ -87,18 +87,14 @@ class Job:
     Attributes:
         number: number of the job
         group: all runs of the group
-        need: resources that are requested from Ray
         shared: whether the next or current attempt trains in the driver's folder
-        lost: number of workers that were lost
         runs: runs of the current attempt
         running: whether an attempt is under way
     """
 
     number: int
     group: dict[Run, RunConfig]
-    need: dict[str, int]
     shared: bool = True
-    lost: int = 0
     runs: dict[Run, RunConfig] = field(default_factory=dict)
     running: bool = False
 
@@ -113,7 +109,6 @@ class Driver:
         jobs: the groups of runs
         root: folder of the run folders
         options: options of `queue.train_runs`
-        retries: number of times that a job whose worker is lost is given to another one
         stopping: whether workers were asked to stop
     """
 
@@ -122,7 +117,6 @@ class Driver:
     jobs: Sequence[Job]
     root: Path
     options: dict[str, Any]
-    retries: int
     stopping: bool = False
 
     def work(self, stop: GracefulShutdown) -> None:
@@ -179,7 +173,7 @@ class Driver:
             else:
                 self.queue.mark(job.runs, "running")
             names = ", ".join(config.name for config in configs)
-            self.tasks.submit(job.number, worker.train_group, job.need, names, **attempt)
+            self.tasks.submit(job.number, worker.train_group, names, **attempt)
             job.running = True
         except Exception as error:
             self._fail(job, error)
@@ -238,15 +232,8 @@ class Driver:
         if self.stopping:
             self.tasks.show(job.number, "stopped after the step under way")
         elif self._waiting(job.runs):
-            job.lost += 1
-            if job.lost > self.retries:
-                names = ", ".join(run.name for run in job.runs)
-                times = f"{job.lost} times, the last time by {why}"
-                self._fail(job, AfterimageError(f"{names}: the worker was lost {times}"))
-                return
             start = "from the last checkpoint" if job.shared else "anew, since its folder is lost with it"
-            retry = f"retry {job.lost} of {self.retries}, {start} ({why:.200})"
-            self.tasks.show(job.number, f"the worker was lost: {retry}")
+            self.tasks.count_lost(job.number, ", ".join(run.name for run in job.runs), why, start)
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End the job's unfinished runs with an error, also in their folders unless another process holds the lock.
@@ -315,19 +302,17 @@ def find_bounds_on_ray(
     options = {"cache": cache and Path(cache).resolve(), "accelerator": accelerator}
     log = partial(progress, done=1, total=1)
     found: dict[int, list[Run]] = {}
-    lost = dict.fromkeys(range(len(runs)), 0)
     unseen: list[int] = []
     with connect(address, log) as ray, graceful_shutdown() as stop:
         sizes = [group_bytes([run.config]) for run in runs]
         needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=log)
-        tasks = Tasks(ray, progress, len(runs))
+        tasks = Tasks(ray, progress, needs, retries)
 
         def submit(number: int) -> None:
             run = runs[number]
             search = {"name": run.name, "study": study, "root": str(root), "options": options}
-            folder = identify(str(root), run.config)
-            names = f"the bound of {run.name}"
-            tasks.submit(number, worker.find_bound, needs[number], names, folder=folder, **search)
+            folder, names = identify(str(root), run.config), f"the bound of {run.name}"
+            tasks.submit(number, worker.find_bound, names, folder=folder, **search)
 
         try:
             for number in range(len(runs)):
@@ -335,25 +320,21 @@ def find_bounds_on_ray(
             while tasks.running:
                 stop.check()
                 for number, outcome in tasks.ended():
-                    name = runs[number].name
-                    if outcome is None:
-                        where = f"does not see {shown(root)}: its bound is found here, after the others"
-                        log(f"{name}: the worker {where}")
-                        unseen.append(number)
-                    elif isinstance(outcome, Lost) and lost[number] < retries:
-                        lost[number] += 1
-                        retry = f"retry {lost[number]} of {retries}, from the last batch ({outcome})"
-                        log(f"{name}: the worker was lost: {retry}")
-                        submit(number)
-                    elif isinstance(outcome, Lost):
-                        times = f"the worker was lost {lost[number] + 1} times, the last time by {outcome}"
-                        failures.append(AfterimageError(f"the measured bound of {name}: {times}"))
-                    elif isinstance(outcome, Exception):
-                        failures.append(as_error(outcome, f"the measured bound of {name}"))
-                    else:
-                        names, own = outcome
-                        failures += own
-                        found[number] = [Run(root / name) for name in names]
+                    bound = f"the measured bound of {runs[number].name}"
+                    with collected(failures, bound):
+                        if outcome is None:
+                            where = f"the worker does not see {shown(root)}"
+                            tasks.show(number, f"{where}: its bound is found here, after the others")
+                            unseen.append(number)
+                        elif isinstance(outcome, Lost):
+                            tasks.count_lost(number, bound, str(outcome), "from the last batch")
+                            submit(number)
+                        elif isinstance(outcome, Exception):
+                            raise outcome
+                        else:
+                            names, own = outcome
+                            failures += own
+                            found[number] = [Run(root / name) for name in names]
         finally:
             tasks.close()
     for number in unseen:

@@ -42,25 +42,6 @@ class Answer:
     folders: Folders = field(default_factory=dict)
 
 
-class Messages:
-    """Store of the workers' messages until the driver takes them; a Ray actor on the driver's machine."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple] = []
-
-    def put(self, message: tuple) -> None:
-        """Add a message."""
-        self._kept.append(message)
-
-    def arrived(self) -> None:
-        """Do nothing: Ray runs a caller's calls in order, so waiting for this one waits for its earlier messages."""
-
-    def take(self) -> list[tuple]:
-        """Return and forget the messages since the last call."""
-        kept, self._kept = self._kept, []
-        return kept
-
-
 def identify(root: str, config: RunConfig) -> tuple[int, int] | None:
     """Identify a folder by a run's `config.toml` in it, to tell equal paths on two machines apart.
 
@@ -96,10 +77,9 @@ def run_task(
         arguments: arguments of `work`, which also gets `progress`
         number: number of the task, sent with every message
         threads: number of PyTorch threads
-        messages: the `Messages` actor, which passes messages on to the driver
+        messages: Ray's queue of messages to the driver
         cwd, command, environment: those of the driver, see `driver_context`
     """
-    import ray
     import torch
 
     if os.path.isdir(cwd):
@@ -108,9 +88,7 @@ def run_task(
     for name, value in environment.items():
         os.environ.setdefault(name, value)  # variables that are set on this machine take precedence
     torch.set_num_threads(threads)
-    answer = work(progress=_send_to(messages, number), **arguments)
-    ray.get(messages.arrived.remote())  # all messages arrive before the answer does
-    return answer
+    return work(progress=_send_to(messages, number), **arguments)
 
 
 def train_group(
@@ -210,7 +188,9 @@ def driver_context() -> dict[str, Any]:
 
 
 def _send_to(messages: Any, number: int) -> Progress:
-    """Return a progress callback that sends progress and messages to the driver without waiting."""
+    """Return a progress callback that sends progress and messages to the driver."""
+    from ray.exceptions import RayError
+
     sent_at = 0.0
 
     def progress(what: str, done: int, total: int, **figures: Any) -> None:
@@ -219,7 +199,10 @@ def _send_to(messages: Any, number: int) -> Progress:
             return
         sent_at = time.monotonic()
         figures = {name: value() if callable(value) else value for name, value in figures.items()}
-        messages.put.remote((number, what, done, total, figures))
+        with contextlib.suppress(
+            RayError
+        ):  # a driver that was killed reads no messages, but the work goes on
+            messages.put((number, what, done, total, figures))
 
     return progress
 
