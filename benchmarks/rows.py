@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from afterimage.cli.output import table
+from afterimage.cli.shared import table
 from afterimage.runtime.terminal import console
 
 _MET = {None: "not decided", True: "yes", False: "NO"}

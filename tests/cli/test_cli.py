@@ -11,7 +11,7 @@ from PIL import Image
 import command_line
 from afterimage import cli
 from afterimage.cli import COMMANDS, option_texts
-from afterimage.cli.report import find_runs
+from afterimage.cli.shared import find_runs
 from afterimage.config import AfterimageError
 from afterimage.report import figures
 from afterimage.report.page.images import read_bytes

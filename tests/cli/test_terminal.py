@@ -74,13 +74,6 @@ def test_names_are_escaped_in_messages_tables_and_progress(capsys):
     assert "\n  afterimage: done" in err, "a further line cannot pass for a message"
 
 
-def test_wrong_arguments_are_shown_escaped(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["evaluate", "run", os.fsdecode(b"\x1b[31m\xff.png")])
-    out, err = capsys.readouterr()
-    assert ended.value.code == 2 and "\\x1b[31m\\xff.png" in err and "\x1b" not in err + out
-
-
 def test_tables_are_drawn_in_what_the_encoding_has(monkeypatch):
     from rich.table import Table
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from afterimage import AfterimageError, Reconstructor, load_reconstructor, train_runs
 from afterimage.cli import main
-from afterimage.cli.report import find_named
+from afterimage.cli.shared import find_named
 from afterimage.models.hub import pull, pull_all, pull_table
 from afterimage.runs.repository import CARD, DECODER, FILES, IMAGE_GRID, MANIFEST, SCORES_TABLE, TABLE
 from children import MODEL, small_configs

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afterimage.cli.output import print_table
+from afterimage.cli.shared import print_table
 from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import mean_interval
 from afterimage.report.bounds import bounds_of, main_bounds, to_compare

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Union, get_type_hints
 
 import tyro
 
-from afterimage.cli.options import flag
+from afterimage.cli.shared import flag
 from afterimage.config import MAX_PROCESSES, AfterimageError, check_range
 from afterimage.runs.run import check_folder
 from afterimage.runtime.process import interruptible, let_idle_threads_sleep
@@ -85,20 +85,14 @@ def command_line() -> Iterator[None]:
 
 
 def _parsed(arguments: list[str]) -> Any:
-    """Parse the arguments into a command; messages about wrong arguments escape unprintable characters."""
-    said = io.StringIO()
-    with contextlib.ExitStack() as stack:
-        if any(printable(argument) != argument for argument in arguments):
-            stack.callback(lambda: say(*said.getvalue().splitlines(), error=True))
-            stack.enter_context(contextlib.redirect_stdout(said))
-            stack.enter_context(contextlib.redirect_stderr(said))
-        about = "How much of an image is left in the features of a frozen vision encoder?"
-        if arguments and arguments[0] in COMMANDS:
-            chosen = command(arguments[0])
-            _help_in_one_line(chosen)
-            return tyro.cli(chosen, prog=f"afterimage {arguments[0]}", args=arguments[1:])
-        each = tuple(Annotated[command(name), tyro.conf.subcommand(name)] for name in COMMANDS)
-        return tyro.cli(Union[each], prog="afterimage", description=about, args=arguments)  # noqa: UP007
+    """Parse the arguments into a command."""
+    if arguments and arguments[0] in COMMANDS:
+        chosen = command(arguments[0])
+        _help_in_one_line(chosen)
+        return tyro.cli(chosen, prog=f"afterimage {arguments[0]}", args=arguments[1:])
+    about = "How much of an image is left in the features of a frozen vision encoder?"
+    each = tuple(Annotated[command(name), tyro.conf.subcommand(name)] for name in COMMANDS)
+    return tyro.cli(Union[each], prog="afterimage", description=about, args=arguments)  # noqa: UP007
 
 
 def option_texts(command: type) -> dict[str, str]:

@@ -9,9 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.options import flag
-from afterimage.cli.report import find_named
+from afterimage.cli import shared
+from afterimage.cli.shared import find_named, flag
 from afterimage.config import AfterimageError, check_range, counted
 from afterimage.runs.run import Run
 from afterimage.runtime.terminal import say
@@ -40,9 +39,9 @@ class App:
     """Size of the largest accepted image, in megapixels."""
     max_waiting: int = 20
     """Number of requests that may wait; further visitors get the message that the queue is full."""
-    weights: options.MovedWeights = None
-    lpips: options.OwnLpips = None
-    device: options.Device = "auto"
+    weights: shared.MovedWeights = None
+    lpips: shared.OwnLpips = None
+    device: shared.Device = "auto"
 
     def run(self) -> None:
         for name, most in (("port", 65_535), ("max_megapixels", 150), ("max_waiting", 10_000)):

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.options import flag, given
-from afterimage.cli.output import table
+from afterimage.cli import shared
+from afterimage.cli.shared import flag, given, table
 from afterimage.config import AfterimageError, load_toml, shown
 from afterimage.config.audit import WHITE_BOX, AuditConfig
 from afterimage.runs.audit import Results
@@ -45,8 +44,8 @@ class Audit:
     file (.safetensors, .npz or .parquet) that holds `features` and `images`."""
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
     """File of settings, such as the audit.toml that each audit writes; options given here take precedence."""
-    data: options.Images = ""
-    test: options.TestImages = ""
+    data: shared.Images = ""
+    test: shared.TestImages = ""
     defences: tuple[str, ...] = ()
     """Defences to try: none, noise:SCALE, int8, int4, 1bit, topk:FRACTION, pca:D, drop:FRACTION, pool:SIZE, shuffle, or
     several joined by +."""
@@ -63,13 +62,13 @@ class Audit:
     """Fail if the mean SSIM of any attacker's reconstructions may exceed this."""
     max_identification: float | None = None
     """Fail if the share of any attacker's reconstructions that identify their own original may exceed this."""
-    weights: options.Weights = ""
+    weights: shared.Weights = ""
     prediction: str = ""
     """Output of the network: classes, embedding, or auto."""
-    size: options.Size = ""
+    size: shared.Size = ""
     """Crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
-    resize: options.Resize = None
-    limit_test: options.LimitTest = None
+    resize: shared.Resize = None
+    limit_test: shared.LimitTest = None
     epochs: int | None = None
     """Number of epochs, for decoders that are trained in epochs (default: 30)."""
     refine_steps: int | None = None
@@ -84,8 +83,8 @@ class Audit:
     """LPIPS network: alex, vgg or squeeze."""
     output_dir: Path | None = None
     """Folder for the audit (default: runs/audit-NAME)."""
-    cache: options.Cache = None
-    device: options.Device = "auto"
+    cache: shared.Cache = None
+    device: shared.Device = "auto"
 
     def run(self) -> None:
         from afterimage.analysis.audit.run import run_audit

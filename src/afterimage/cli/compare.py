@@ -8,8 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli.output import check_png, print_numbers, table
-from afterimage.cli.report import find_named
+from afterimage.cli.shared import check_png, find_named, print_numbers, table
 from afterimage.config import shown
 from afterimage.runs.files import write_atomic
 from afterimage.runs.repository import PREFIX

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.output import print_failures, print_numbers, table
+from afterimage.cli import shared
+from afterimage.cli.shared import find_runs, print_failures, print_numbers, table
 from afterimage.runs.controls import PARTS
 from afterimage.runs.run import Run, check_folder, is_done
 from afterimage.runtime.terminal import Display, console
@@ -31,14 +31,13 @@ class Controls:
     """Parts to measure: controls, error_breakdown, rate_distortion (default: all)."""
     force: bool = False
     """Measure again even if there are results."""
-    weights: options.MovedWeights = None
-    lpips: options.OwnLpips = None
-    cache: options.Cache = None
-    device: options.Device = "auto"
+    weights: shared.MovedWeights = None
+    lpips: shared.OwnLpips = None
+    cache: shared.Cache = None
+    device: shared.Device = "auto"
 
     def run(self) -> None:
         from afterimage.analysis.controls.run import run_controls
-        from afterimage.cli.report import find_runs
 
         runs = find_runs(self.folders)
         for run in runs:

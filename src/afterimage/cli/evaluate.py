@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.output import score_line
+from afterimage.cli import shared
+from afterimage.cli.shared import score_line
 from afterimage.config import counted, shown
 from afterimage.runs.files import write_csv
 from afterimage.runs.run import Run, check_file
@@ -24,12 +24,12 @@ class Evaluate:
     """Run folder."""
     data: str | None = None
     """Source of the images to measure on, such as folder:PATH (default: the run's own test images)."""
-    weights: options.MovedWeights = None
-    lpips: options.OwnLpips = None
+    weights: shared.MovedWeights = None
+    lpips: shared.OwnLpips = None
     output: Path | None = None
     """CSV file for the scores of each image."""
-    cache: options.Cache = None
-    device: options.Device = "auto"
+    cache: shared.Cache = None
+    device: shared.Device = "auto"
 
     def run(self) -> None:
         from afterimage.evaluation.evaluate import summarise

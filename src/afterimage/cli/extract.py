@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.options import given
+from afterimage.cli import shared
+from afterimage.cli.shared import given
 from afterimage.config import DataConfig, counted, shown
 from afterimage.runs.run import check_file
 from afterimage.runtime.terminal import Display, say
@@ -23,21 +23,21 @@ class Extract:
     an interrupted extraction with the missing shards.
     """
 
-    sources: options.Sources
+    sources: shared.Sources
     """Layers to extract, all of one encoder, for example resnet34.tv_in1k:layer1 resnet34.tv_in1k:layer2."""
     out: Annotated[Path, tyro.conf.arg(aliases=("--output",), metavar="FILE")]
     """File for the features: .safetensors, .parquet or .npz. FILE.index.json lists its shards if there are several."""
-    data: options.Images = "div2k"
-    test: options.TestImages = ""
+    data: shared.Images = "div2k"
+    test: shared.TestImages = ""
     split: str = "all"
     """Images to encode: train, validation, test or all."""
-    size: options.Size = "224"
+    size: shared.Size = "224"
     """Crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own."""
-    resize: options.Resize = None
-    limit_train: options.LimitTrain = None
-    limit_validation: options.LimitValidation = None
-    limit_test: options.LimitTest = None
-    weights: options.Weights = "pretrained"
+    resize: shared.Resize = None
+    limit_train: shared.LimitTrain = None
+    limit_validation: shared.LimitValidation = None
+    limit_test: shared.LimitTest = None
+    weights: shared.Weights = "pretrained"
     seed: int = 42
     """Seed of random weights."""
     dtype: str = "float32"
@@ -48,8 +48,8 @@ class Extract:
     """Number of images in each pass through the encoder."""
     dry_run: bool = False
     """Print the number of bytes that would be written, and write nothing."""
-    cache: options.Cache = None
-    device: options.Device = "auto"
+    cache: shared.Cache = None
+    device: shared.Device = "auto"
 
     def run(self) -> None:
         from afterimage.experiments.extract import Extraction, extract, plan_extraction

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.options import flag, given
-from afterimage.cli.output import image_lines
-from afterimage.cli.report import sort_arguments
+from afterimage.cli import shared
+from afterimage.cli.shared import flag, given, image_lines, sort_arguments
 from afterimage.config import LPIPS_NETS, MAX_SEED, AfterimageError, DataConfig, check_range, shown
 from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
 from afterimage.runs.results import METRICS
@@ -39,7 +37,7 @@ class Invert:
     """Run folders, to start from their decoders, or layers (MODEL:LAYER), to start from grey; and image files."""
     data: str = ""
     """Source of images, such as folder:PATH, instead of image files (default: the run's own test images)."""
-    size: options.Size = ""
+    size: shared.Size = ""
     """With MODEL:LAYER: crop size, 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
     max_images: int | None = None
     """With RUN or --data: limit the number of test images; the first are taken."""
@@ -75,8 +73,8 @@ class Invert:
     """Seed of the searches."""
     lpips: str | None = None
     """LPIPS network: alex, vgg or squeeze (default: the network that the run was measured with, or alex)."""
-    cache: options.Cache = None
-    device: options.Device = "auto"
+    cache: shared.Cache = None
+    device: shared.Device = "auto"
 
     def run(self) -> None:
         from afterimage.runtime.device import device_name

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from afterimage.cli.output import table
+from afterimage.cli.shared import table
 from afterimage.config import MAX_SIDE, NATIVE, Axis, check_range, size_pair
-from afterimage.runs.results import FeatureMap
 from afterimage.runtime.terminal import console, say
 
 
@@ -34,31 +33,27 @@ class Layers:
         network = open_network(self.model)
         size = size or network.native_size
         traced = trace(network, size)
-        print_layers(self, size, traced.list_layers(every=self.all_modules) + traced.list_named())
+        layers = traced.list_layers(every=self.all_modules) + traced.list_named()
+        numbers = ("shape", "reduction", "locations", "values per pixel value", "parameters", "multiply-adds")
+        placed = any(layer.rows or layer.columns for layer in layers)
+        found = table(self.model, ("layer", "kind"), numbers, ("locations lie",) if placed else ())
+        for layer in layers:
+            found.add_row(
+                layer.layer,
+                "vector" if layer.locations == 1 else "map",
+                f"{layer.channels}×{layer.height}×{layer.width}",
+                f"{layer.reduction:g}",
+                f"{layer.locations:,}",
+                f"{layer.values / (3 * size[0] * size[1]):.3f}",
+                f"{layer.encoder_parameters:,}",
+                f"{layer.encoder_macs / 1e6:,.1f} M",
+                *([_placement(layer.rows, layer.columns)] if placed else []),
+            )
+        console(140).print(found)
+        print_unseen({layer.layer: layer.unseen for layer in layers})
         say(*network.remarks)
         if ended := traced.early_end:
             say(f"WARNING: {ended}")
-
-
-def print_layers(asked: Layers, size: tuple[int, int], layers: Sequence[FeatureMap]) -> None:
-    """Print the table of layers, and the pixels that they do not see."""
-    numbers = ("shape", "reduction", "locations", "values per pixel value", "parameters", "multiply-adds")
-    placed = any(layer.rows or layer.columns for layer in layers)
-    found = table(asked.model, ("layer", "kind"), numbers, ("locations lie",) if placed else ())
-    for layer in layers:
-        found.add_row(
-            layer.layer,
-            "vector" if layer.height * layer.width == 1 else "map",
-            f"{layer.channels}×{layer.height}×{layer.width}",
-            f"{layer.reduction:g}",
-            f"{layer.locations:,}",
-            f"{layer.values / (3 * size[0] * size[1]):.3f}",
-            f"{layer.encoder_parameters:,}",
-            f"{layer.encoder_macs / 1e6:,.1f} M",
-            *([_placement(layer.rows, layer.columns)] if placed else []),
-        )
-    console(140).print(found)
-    print_unseen({layer.layer: layer.unseen for layer in layers})
 
 
 def _placement(rows: Axis | None, columns: Axis | None) -> str:

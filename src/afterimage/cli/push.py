@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.options import flag
-from afterimage.cli.report import find_runs
+from afterimage.cli import shared
+from afterimage.cli.shared import find_runs, flag
 from afterimage.config import AfterimageError, counted, shown
 from afterimage.runs.files import write_atomic
 from afterimage.runs.repository import PREFIX
@@ -53,8 +52,8 @@ class Push:
     """Make a newly created repository private."""
     output_dir: Path | None = None
     """Write the repository's files into this folder, and upload nothing."""
-    weights: options.MovedWeights = None
-    device: options.Device = "auto"
+    weights: shared.MovedWeights = None
+    device: shared.Device = "auto"
 
     def run(self) -> None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.to):

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.output import check_png, image_lines
-from afterimage.cli.report import find_runs, sort_arguments
+from afterimage.cli import shared
+from afterimage.cli.shared import check_png, find_runs, image_lines, sort_arguments
 from afterimage.config import LPIPS_NETS, AfterimageError, shown
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
@@ -44,9 +43,9 @@ class Reconstruct:
     output: Path | None = None
     """PNG file for the figure; several figures become FILE-1.png, FILE-2.png and so on (default:
     IMAGE.reconstruction.png in the working folder, named after the first image)."""
-    weights: options.MovedWeights = None
-    lpips: options.OwnLpips = None
-    device: options.Device = "auto"
+    weights: shared.MovedWeights = None
+    lpips: shared.OwnLpips = None
+    device: shared.Device = "auto"
 
     def run(self) -> None:
         folders, images, layers = sort_arguments(self.what)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.config import AfterimageError, shown
-from afterimage.runs.repository import PREFIX
-from afterimage.runs.run import Run, check_folder, scan
+from afterimage.cli.shared import find_runs
+from afterimage.config import shown
+from afterimage.runs.run import check_folder
 from afterimage.runtime.terminal import Display, say
 
 
@@ -28,8 +28,7 @@ class Report:
     """Show 95 % intervals of the means in the tables instead of standard deviations over images."""
 
     def run(self) -> None:
-        # Look before the slow imports, so that a wrong folder is reported at once.
-        runs = find_runs(self.folders)
+        runs = find_runs(self.folders)  # before the slow imports, so that a wrong folder is reported at once
 
         from afterimage.report.write import write_report
 
@@ -42,51 +41,3 @@ class Report:
         say(*map(shown, named), f"and {len(written) - len(named)} more files beside them")
         if "index.html" not in written:
             say("afterimage: the page could not be written; report.md says why", error=True)
-
-
-def find_runs(folders: tuple[Path, ...]) -> list[Run]:
-    """Find the runs in folders, each of which is a run folder or holds run folders.
-
-    Raises:
-        AfterimageError: no folder is given, one does not exist, or there is no run in any
-    """
-    if not folders:
-        raise AfterimageError("name at least one run folder, or a folder that holds some")
-    runs = [
-        run
-        for folder in folders
-        for run in ([Run(folder)] if (folder / "config.toml").exists() else scan(folder))
-    ]
-    if not runs:
-        raise AfterimageError(f"there is no run in {', '.join(map(shown, folders))}")
-    return runs
-
-
-def find_named(names: tuple[str, ...]) -> list[Run]:
-    """Find the runs in folders, as `find_runs` does, and all decoders at addresses of the hub (`hub:USER/NAME`)."""
-    addresses = [name for name in names if name.startswith(PREFIX)]
-    folders = tuple(Path(name) for name in names if name not in addresses)
-    runs = find_runs(folders) if folders or not addresses else []
-    if addresses:
-        from afterimage.models.hub import pull_all
-
-        runs += [run for address in addresses for run in pull_all(address)]
-    return runs
-
-
-def sort_arguments(given: tuple[str, ...]) -> tuple[list[Path], list[Path], list[str]]:
-    """Sort arguments into run folders, image files and `model:layer` by what exists on disk.
-
-    Raises:
-        AfterimageError: an argument is none of the three; the message names it
-    """
-    folders, files, layers = [], [], []
-    for name in given:
-        path = Path(name)
-        if path.exists():
-            (folders if path.is_dir() else files).append(path)
-        elif ":" in name:
-            layers.append(name)
-        else:
-            raise AfterimageError(f"{shown(name)} is no image file, no run folder and no MODEL:LAYER")
-    return folders, files, layers

@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.options import given
-from afterimage.cli.output import print_failures, print_table, table
+from afterimage.cli import shared
 from afterimage.cli.report import Report
+from afterimage.cli.shared import given, print_failures, print_table, table
 from afterimage.config import (
     MAX_PROCESSES,
     AfterimageError,
@@ -49,15 +48,15 @@ class Study:
     div2k[:PATH], procedural[:COUNT] or photographs."""
     test: str = ""
     """Source of the test images, instead of the study's own (default with --data: its test split)."""
-    size: options.Size = ""
+    size: shared.Size = ""
     """Crop size in pixels, instead of the study's own: 256, 256x384 (height x width), or native, each encoder's own."""
     resize: int | None = None
     """Shorter side in pixels after resizing, before the crop, instead of the study's own."""
     protocol: str = ""
     """Protocol, instead of the study's own: study (resize 256, crop 224) or rae (resize and crop 256, final norm)."""
-    limit_train: options.LimitTrain = None
-    limit_validation: options.LimitValidation = None
-    limit_test: options.LimitTest = None
+    limit_train: shared.LimitTrain = None
+    limit_validation: shared.LimitValidation = None
+    limit_test: shared.LimitTest = None
     weights: str = ""
     """Encoder weights, instead of the study's own: pretrained, random, random-init, or a file or folder."""
     epochs: int | None = None
@@ -94,9 +93,9 @@ class Study:
     """With --executor ray: number of CPUs, and of threads, for each group (default: an even share of a machine)."""
     retries: int | None = None
     """With --executor ray: number of times that a group is restarted after its worker is lost (default: 3)."""
-    cache: options.Cache = None
-    device: options.Device = "auto"
-    devices: options.Devices = 1
+    cache: shared.Cache = None
+    device: shared.Device = "auto"
+    devices: shared.Devices = 1
 
     def run(self) -> None:
         if not self.study and not self.models:

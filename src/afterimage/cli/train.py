@@ -8,9 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.options import flag, given
-from afterimage.cli.output import print_failures, print_table
+from afterimage.cli import shared
+from afterimage.cli.shared import flag, given, print_failures, print_table
 from afterimage.config import (
     MAX_STEPS,
     AfterimageError,
@@ -39,7 +38,7 @@ class Train:
     is needed: the features come from a store, and MODEL:LAYER, or LAYER alone, picks some of its layers.
     """
 
-    sources: options.Sources = ()
+    sources: shared.Sources = ()
     """Layers to rebuild images from, for example resnet34.tv_in1k:layer1."""
     decoders: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--decoder",))] = ("attention",)
     """Decoders to train: attention, transposed, linear, wavelet, frequency, residual, your own module as
@@ -51,17 +50,17 @@ class Train:
     features: Annotated[Path | None, tyro.conf.arg(metavar="STORE")] = None
     """Stored features to train on, from `afterimage extract` or any file that `audit --feature-store` reads.
     Their images are taken from --data, by their ids."""
-    weights: options.Weights = "pretrained"
-    data: options.Images = "div2k"
-    test: options.TestImages = ""
-    size: options.Size = ""
+    weights: shared.Weights = "pretrained"
+    data: shared.Images = "div2k"
+    test: shared.TestImages = ""
+    size: shared.Size = ""
     """Crop size in pixels: 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
-    resize: options.Resize = None
+    resize: shared.Resize = None
     protocol: str = ""
     """Protocol of figures to compare with: study (resize 256, crop 224) or rae (resize and crop 256, final norm)."""
-    limit_train: options.LimitTrain = None
-    limit_validation: options.LimitValidation = None
-    limit_test: options.LimitTest = None
+    limit_train: shared.LimitTrain = None
+    limit_validation: shared.LimitValidation = None
+    limit_test: shared.LimitTest = None
     recipe: Flat[RecipeConfig] = RecipeConfig()
     """Training recipe; the defaults are the published study's."""
     seed: int = 42
@@ -70,9 +69,9 @@ class Train:
     """LPIPS network: alex, vgg or squeeze."""
     output_dir: Path = Path("runs")
     """Folder for the run folders."""
-    cache: options.Cache = None
-    device: options.Device = "auto"
-    devices: options.Devices = 1
+    cache: shared.Cache = None
+    device: shared.Device = "auto"
+    devices: shared.Devices = 1
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
     """Number of steps to profile instead of training; prints their times, and traces them in OUTPUT_DIR/profiles."""
 

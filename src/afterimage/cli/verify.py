@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli import options
-from afterimage.cli.report import find_runs
+from afterimage.cli import shared
+from afterimage.cli.shared import find_runs
 from afterimage.config import counted
 from afterimage.runtime.terminal import Display, say
 
@@ -29,9 +29,9 @@ class Verify:
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STUDY|RUN [...]")]
     """Run folders, or folders that hold run folders."""
-    weights: options.MovedWeights = None
-    cache: options.Cache = None
-    device: options.Device = "auto"
+    weights: shared.MovedWeights = None
+    cache: shared.Cache = None
+    device: shared.Device = "auto"
 
     def run(self) -> None:
         runs = find_runs(self.folders)

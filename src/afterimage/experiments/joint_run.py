@@ -30,7 +30,7 @@ from afterimage.runs.files import sha256
 from afterimage.runs.lock import Lock
 from afterimage.runs.results import Result, TrainingFacts
 from afterimage.runs.run import TRACEBACK, Run, environment, forget, record
-from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go
+from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go, together
 from afterimage.runtime.process import LockLost
 from afterimage.training.checkpoint import remove_checkpoints
 from afterimage.training.context import RunContext
@@ -186,21 +186,7 @@ class JointRun:
                 if self.ranks.is_main_process:
                     decoder.save_best()
                 saved.append(decoder)
-        if not saved:
-            return
-        try:
-            with self.ranks.raise_on_all_ranks():
-                self._measure(saved)
-            return
-        except Exception as error:
-            if concerns(error):
-                raise
-            let_go(error)
-        # At least one decoder cannot be measured: measure each alone, so that only its own run fails.
-        for decoder in saved:
-            if decoder.run not in self.context.ended:
-                with self.context.isolate(decoder.run):
-                    self._measure([decoder])
+        together(self._measure, saved, lambda decoder, error: self.context.fail(decoder.run, error))
 
     def _measure(self, decoders: list[DecoderTrainer]) -> None:
         weighted = [d for d in decoders if d.model.fusion is not None and d.model.fusion.has_weights]
@@ -215,18 +201,19 @@ class JointRun:
                         own.add(decoder.select_features(features))
                 yield indices, images, outputs
 
-        results = evaluate_together(
-            reconstructions(),
-            self.data.test.ids,
-            self.metrics,
-            names=[decoder.run.name for decoder in decoders],
-            progress=self.context.progress,
-            keep=self.keep,
-            seen=[self._seen(decoder) for decoder in decoders],
-            ranks=self.ranks,
-        )
-        for own in maps.values():
-            own.gather(self.ranks)
+        with self.ranks.raise_on_all_ranks():
+            results = evaluate_together(
+                reconstructions(),
+                self.data.test.ids,
+                self.metrics,
+                names=[decoder.run.name for decoder in decoders],
+                progress=self.context.progress,
+                keep=self.keep,
+                seen=[self._seen(decoder) for decoder in decoders],
+                ranks=self.ranks,
+            )
+            for own in maps.values():
+                own.gather(self.ranks)
         for decoder, result in zip(decoders, results, strict=True):
             with self.context.isolate(decoder.run):
                 if self.ranks.is_main_process:
@@ -249,6 +236,18 @@ class JointRun:
             notes.append(f"{config.decoder.name} has the SHA-256 {code}")
         notes += seen_notes(features, box, size, () if box is None else result.rows)
         notes += [*weight_notes(weights), *self.encoders.remarks_of(sources), *self.data.notes]
+        training = TrainingFacts(
+            parameters=decoder.parameters,
+            macs=decoder.model.macs([self.encoders.specs[i] for i in decoder.feature_indices]),
+            ranks=self.ranks.count,
+            seconds=round(decoder.seconds, 2),
+            images_seen=decoder.images_seen,
+            epochs=decoder.epoch,
+            best_epoch=decoder.best_epoch,
+            best_validation_loss=decoder.best_loss,
+            decoder_sha256=sha256(decoder.run.file("decoder.safetensors")),
+            settings_sha256=config.digest,
+        )
         found = Result(
             kind="decoder",
             label=f"{' + '.join(config.sources)} · {config.decoder.name}",
@@ -260,7 +259,7 @@ class JointRun:
             features=features,
             weights=tuple(weights),
             fusion_weights=() if maps is None else tuple(maps.means),
-            training=self._training(decoder),
+            training=training,
             scores_seen=None if box is None else summarise(result.rows, SEEN),
             notes=(*notes, *score_notes(result.rows)),
         )
@@ -269,17 +268,3 @@ class JointRun:
         if not decoder.failed:
             decoder.run.set_state("done")
             remove_checkpoints(decoder.run)
-
-    def _training(self, decoder: DecoderTrainer) -> TrainingFacts:
-        return TrainingFacts(
-            parameters=decoder.parameters,
-            macs=decoder.model.macs([self.encoders.specs[i] for i in decoder.feature_indices]),
-            ranks=self.ranks.count,
-            seconds=round(decoder.seconds, 2),
-            images_seen=decoder.images_seen,
-            epochs=decoder.epoch,
-            best_epoch=decoder.best_epoch,
-            best_validation_loss=decoder.best_loss,
-            decoder_sha256=sha256(decoder.run.file("decoder.safetensors")),
-            settings_sha256=self.runs[decoder.run].digest,
-        )

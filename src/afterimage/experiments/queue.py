@@ -284,8 +284,10 @@ class _Worker:
         )
         try:
             with ranks.raise_on_all_ranks():
-                data = self._data(next(iter(mine.values())).data, stop)
-                self._together(mine, data, context)
+                first = next(iter(mine.values()))
+                if first.features is None:  # without weights all rows fail, and looking for them may be slow
+                    ranks.main_process_first(lambda: check_weights(first.models, first.weights))
+                self._together(mine, self._data(first.data, stop), context)
         except BaseException as error:
             if concerns(error) == EVERYTHING:
                 self.claims.mark((run for run in mine if run.state == "running"), "stopped")
@@ -301,46 +303,26 @@ class _Worker:
         self.claims.heard(None)
 
     def _together(self, mine: dict[Run, RunConfig], data: Data, context: StudyContext) -> None:
-        """Train runs on one pass through their encoders, or in smaller groups if the encoders fail together.
-
-        The rows, which read different layers, are halved until those that fail are alone.
-        """
-        parts = [mine]
-        while parts:
-            part = parts.pop(0)
-            try:
-                with self.claims.ranks.raise_on_all_ranks():
-                    JointRun(part, data, context, accelerator=self.accelerator, keep=self.keep).train()
-                continue
-            except Exception as caught:
-                if concerns(caught) != ENCODERS:
-                    raise
-                error = caught
-            let_go(error)
-            left = {run: config for run, config in part.items() if run not in context.ended}
-            rows = list(dict.fromkeys(config.sources for config in left.values()))
-            if len(rows) > 1 and self._has_weights(next(iter(left.values()))):
-                self.claims.log(
-                    f"the encoders of {len(rows)} rows failed together: half of the rows are tried"
-                )
-                first = rows[: len(rows) // 2]
-                halves = [
-                    {r: c for r, c in left.items() if (c.sources in first) is own} for own in (True, False)
-                ]
-                parts = halves + parts
-            else:
-                self.claims.fail(left, error)
-
-    def _has_weights(self, config: RunConfig) -> bool:
-        """Return whether the weights of a run's encoders are found: without them all rows fail, after a slow look."""
+        """Train runs on one pass through their encoders; if these fail, try each half of the rows by itself."""
         try:
             with self.claims.ranks.raise_on_all_ranks():
-                check_weights(config.models if config.features is None else (), config.weights)
-            return True
-        except Exception as error:
-            if concerns(error) == EVERYTHING:
+                JointRun(mine, data, context, accelerator=self.accelerator, keep=self.keep).train()
+            return
+        except Exception as caught:
+            if concerns(caught) != ENCODERS:
                 raise
-            return False
+            error = caught
+        let_go(error)
+        left = {run: config for run, config in mine.items() if run not in context.ended}
+        rows = list(dict.fromkeys(config.sources for config in left.values()))
+        if len(rows) < 2:
+            self.claims.fail(left, error)
+            return
+        self.claims.log(f"the encoders of {len(rows)} rows failed together: half of the rows are tried")
+        first = rows[: len(rows) // 2]
+        for own in (True, False):
+            half = {run: config for run, config in left.items() if (config.sources in first) is own}
+            self._together(half, data, context)
 
     def _data(self, config: DataConfig, stop: GracefulShutdown) -> Data:
         """Load and check the images of a data configuration once; groups of runs mostly share them.

@@ -59,8 +59,12 @@ class RunContext:
             with self.ranks.raise_on_all_ranks():
                 yield
         except Exception as error:
-            self.record_failure(run, error)
-            self.failed.add(run)
+            self.fail(run, error)
+
+    def fail(self, run: Run | None, error: Exception) -> None:
+        """End a run with an error that all ranks have, unless `record_failure` raises it."""
+        self.record_failure(run, error)
+        self.failed.add(run)
 
     def record_failure(self, run: Run | None, error: Exception) -> None:
         """Record that an error ended a run, or raise the error; this class always raises."""

@@ -70,7 +70,7 @@ def test_the_identity_decoder_reencodes_at_distance_zero(tmp_path):
         reconstructor, sample(encoders, load_data(DATA, cache=tmp_path).train), Metrics("squeeze", size=64)
     )
     features = encoders(images)
-    measure.add(["a", "b", "c"], images[:3], [f[:3] for f in features], [f[1:] for f in features], images[:3])
+    measure.add(["a", "b", "c"], images[:3], images[:3], [f[:3] for f in features], [f[1:] for f in features])
     assert [row["reencoded"] for row in measure.rows] == [0, 0, 0]
     assert all(row["random_pair"] > 0.05 and row["zero_psnr"] == 100 for row in measure.rows)
 

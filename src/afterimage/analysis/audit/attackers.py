@@ -202,11 +202,11 @@ def _train(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) ->
             decoder.model.load_state_dict(decoder.best)
             decoder.save_best()
 
-    def failed(decoder: DecoderTrainer, error: Exception) -> None:
-        with context.isolate(decoder.run):
-            raise error
-
-    together(lambda sound: _measure(loader, sound), [d for d in fresh if d.best and not d.failed], failed)
+    together(
+        lambda sound: _measure(loader, sound),
+        [d for d in fresh if d.best and not d.failed],
+        lambda decoder, error: context.fail(decoder.run, error),
+    )
 
 
 def _measure(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:

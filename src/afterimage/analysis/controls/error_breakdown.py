@@ -108,8 +108,8 @@ class ErrorBreakdown:
         self._error: Tensor | float = 0.0
         self._place: Tensor | float = 0.0
 
-    def add(self, ids: list[str], images: Images, outputs: Images) -> None:
-        """Add a batch of originals `(B, 3, H, W)` in [0, 1] and their reconstructions."""
+    def add(self, ids: list[str], images: Images, outputs: Images, *features: Any) -> None:
+        """Add a batch of originals `(B, 3, H, W)` in [0, 1] and their reconstructions; features are not used."""
         images, outputs = images.double(), outputs.double()
         planes, rebuilt = ycbcr(images), ycbcr(outputs)
         error = (rebuilt - planes).square()

@@ -92,17 +92,7 @@ def run_controls(
     curves = lru_cache(maxsize=1)(_codecs)
     failures: list[AfterimageError] = []
     for run in runs:
-
-        def failed(error: Exception, part: str = "controls", run: Run = run) -> None:
-            if concerns(error):
-                raise error
-            file = f"{part}.{TRACEBACK}"
-            name = run.name if foreseen(error) else f"{part} of {run.name}"
-            failures.append(as_error(error, name, run.file(file)))
-            write_story(run, error, file)
-            let_go(error)
-
-        try:
+        with _recorded(failures, run):
             if run.state != "done":
                 raise AfterimageError(
                     f"run {run.name} is not finished (state: {run.state}): it has no controls"
@@ -113,11 +103,24 @@ def run_controls(
             for part in {"controls", *missing}:
                 forget(run, f"{part}.{TRACEBACK}")
             if missing:
-                options = (weights, lpips or run.lpips_net, device, progress, failed)
+                options = (weights, lpips or run.lpips_net, device, progress, failures)
                 _measure(run, missing, load(run.config.data), curves, *options)
-        except Exception as error:
-            failed(error)
     return failures
+
+
+@contextlib.contextmanager
+def _recorded(failures: list[AfterimageError], run: Run, part: str = "controls") -> Iterator[None]:
+    """Record an error of this block as the failure of one part, unless it affects more."""
+    try:
+        yield
+    except Exception as error:
+        if concerns(error):
+            raise
+        file = f"{part}.{TRACEBACK}"
+        name = run.name if foreseen(error) else f"{part} of {run.name}"
+        failures.append(as_error(error, name, run.file(file)))
+        write_story(run, error, file)
+        let_go(error)
 
 
 def _codecs(data: Data) -> list[dict[str, Any]]:
@@ -154,9 +157,9 @@ def _measure(
     lpips: str,
     device: torch.device,
     progress: Progress,
-    failed: Callable[[Exception, str], None],
+    failures: list[AfterimageError],
 ) -> None:
-    """Measure parts of the controls in one pass over the test images; report parts that raise to `failed`."""
+    """Measure parts of the controls in one pass over the test images; a part that raises is left out from then on."""
     image_set = data.test
     if len(image_set) < 2:
         raise AfterimageError(
@@ -167,21 +170,13 @@ def _measure(
     values = sample(encoders, data.train, device=device)
     makers: dict[str, Callable[[], Any]] = {
         "controls": lambda: _Controls(reconstructor, values, Metrics(lpips, size=min(data.config.size))),
-        "error_breakdown": _Losses,
+        "error_breakdown": ErrorBreakdown,
         "rate_distortion": lambda: _Rates(reconstructor, values, data, curves),
     }
     measures: dict[str, Any] = {}
 
-    @contextlib.contextmanager
-    def of_part(part: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            measures.pop(part, None)
-            failed(error, part)
-
     for part in parts:
-        with of_part(part):
+        with _recorded(failures, run, part):
             measures[part] = makers[part]()
     for indices in torch.arange(len(image_set)).split(BATCH) if measures else ():
         # The first image of the set follows the last.
@@ -191,13 +186,15 @@ def _measure(
         own, others = [maps[:-1] for maps in features], [maps[1:] for maps in features]
         ids = [image_set.ids[i] for i in indices.tolist()]
         rebuilt = head(own)
-        for part, measure in list(measures.items()):
-            with of_part(part):
-                measure.add(ids, images, own, others, rebuilt)
+        for part in list(measures):
+            measure = measures.pop(part)
+            with _recorded(failures, run, part):
+                measure.add(ids, images, rebuilt, own, others)
+                measures[part] = measure
         progress(f"controls of {run.name}", int(indices[-1]) + 1, len(image_set))
     digest = _digest(run)
-    for part, measure in list(measures.items()):
-        with of_part(part):
+    for part, measure in measures.items():
+        with _recorded(failures, run, part):
             write_part(run, part, {"decoder": digest, **measure.result()}, measure.rows)
 
 
@@ -212,7 +209,7 @@ class _Controls:
         self.rows: list[dict[str, Any]] = []
 
     def add(
-        self, ids: list[str], images: Tensor, own: list[Tensor], others: list[Tensor], rebuilt: Tensor
+        self, ids: list[str], images: Tensor, rebuilt: Tensor, own: list[Tensor], others: list[Tensor]
     ) -> None:
         inputs = {
             "another": others,
@@ -252,15 +249,6 @@ class _Controls:
         }
 
 
-class _Losses(ErrorBreakdown):
-    """Error breakdown of the reconstructions."""
-
-    def add(
-        self, ids: list[str], images: Tensor, own: list[Tensor], others: list[Tensor], rebuilt: Tensor
-    ) -> None:
-        super().add(ids, images, rebuilt)
-
-
 class _Rates:
     """Rate and PSNR of reconstructions from quantised features, which the decoder was not trained on."""
 
@@ -278,7 +266,7 @@ class _Rates:
         self.rows: list[dict[str, Any]] = []
 
     def add(
-        self, ids: list[str], images: Tensor, own: list[Tensor], others: list[Tensor], rebuilt: Tensor
+        self, ids: list[str], images: Tensor, rebuilt: Tensor, own: list[Tensor], others: list[Tensor]
     ) -> None:
         raw = [4 * sum(spec.values for spec in self.specs)] * len(ids)
         self._add(ids, 32, raw, psnr(rebuilt, images))
