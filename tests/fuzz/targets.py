@@ -275,7 +275,7 @@ def weights(data: bytes) -> None:
     import torch
 
     from afterimage.models.weight_files import load_decoder, load_tensors, read_named_tensors
-    from afterimage.training.checkpoint import CHECKPOINT, load_checkpoints
+    from afterimage.training.checkpoint import CHECKPOINT, load_checkpoint
 
     with file("weights" + (".pth" if data[:2] in (b"PK", b"\x80\x02") else ".safetensors"), data) as path:
         if found := refused(read_named_tensors, path):
@@ -284,8 +284,8 @@ def weights(data: bytes) -> None:
         refused(load_decoder, path, {"sources": ["a:b"], "weights": {}})
     folder = Run(scratch() / "checkpoint")
     write_atomic(folder.file(CHECKPOINT), data)
-    for _, facts in load_checkpoints(folder, lambda text: None):
-        assert isinstance(facts, dict)
+    if found := load_checkpoint(folder, lambda text: None):
+        assert isinstance(found[1], dict)
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

@@ -29,8 +29,7 @@ from afterimage.runtime.device import one_device
 from afterimage.runtime.distributed import ProcessGroup
 from afterimage.training import feature_loader, trainer
 from afterimage.training.checkpoint import load_reconstructor, load_tensors
-from afterimage.training.context import RunContext
-from afterimage.training.feature_loader import FeatureLoader
+from afterimage.training.feature_loader import FeatureLoader, RunContext
 from simulated_runs import edit
 
 MODEL = "test_resnet.r160_in1k"

@@ -34,8 +34,7 @@ from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.results import FeatureMap
 from afterimage.runtime.device import one_device
 from afterimage.runtime.terminal import Progress, silent
-from afterimage.training.context import RunContext
-from afterimage.training.feature_loader import FeatureLoader
+from afterimage.training.feature_loader import FeatureLoader, RunContext
 
 SHARD_BYTES = 2**28
 """Default size of a shard in bytes. Writing a shard takes about three times as much memory."""

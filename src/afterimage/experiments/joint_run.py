@@ -32,10 +32,9 @@ from afterimage.runs.results import Result, TrainingFacts
 from afterimage.runs.run import TRACEBACK, Run, environment, forget, record
 from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go, together
 from afterimage.runtime.process import LockLost
-from afterimage.training.checkpoint import remove_checkpoints
-from afterimage.training.context import RunContext
+from afterimage.training.checkpoint import remove_checkpoint
 from afterimage.training.decoder_trainer import DecoderTrainer
-from afterimage.training.feature_loader import FeatureLoader, build_encoders
+from afterimage.training.feature_loader import FeatureLoader, RunContext, build_encoders
 from afterimage.training.trainer import Trainer
 
 
@@ -267,4 +266,4 @@ class JointRun:
         decoder.run.save_result(found, result.images, () if maps is None else maps.images)
         if not decoder.failed:
             decoder.run.set_state("done")
-            remove_checkpoints(decoder.run)
+            remove_checkpoint(decoder.run)

@@ -27,8 +27,8 @@ from afterimage.runtime.failures import (
 )
 from afterimage.runtime.process import GracefulShutdown, graceful_shutdown
 from afterimage.runtime.terminal import Progress, silent
-from afterimage.training.checkpoint import remove_checkpoints
-from afterimage.training.context import CHECKPOINT_SECONDS
+from afterimage.training.checkpoint import remove_checkpoint
+from afterimage.training.feature_loader import CHECKPOINT_SECONDS
 
 Key = TypeVar("Key", bound=Hashable)
 Heard = TypeVar("Heard")
@@ -105,7 +105,7 @@ def _tidy(run: Run) -> None:
     with contextlib.suppress(AfterimageError):
         if any(run.path.glob("lock.*")) and lock.acquire():
             run.remove_leftovers()
-            remove_checkpoints(run)
+            remove_checkpoint(run)
             lock.release()
 
 

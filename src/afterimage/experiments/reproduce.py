@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -23,12 +23,12 @@ from afterimage.config import (
 from afterimage.data.dataset import load_data, load_test
 from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.baselines import baseline
-from afterimage.evaluation.evaluate import Evaluation, evaluate, summarise
+from afterimage.evaluation.evaluate import evaluate, summarise
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.inference import reconstruct_in
 from afterimage.experiments.queue import check_weights
 from afterimage.runs.files import read_json, sha256
-from afterimage.runs.results import METRICS, Result
+from afterimage.runs.results import METRICS
 from afterimage.runs.run import Run, environment
 from afterimage.runtime.device import one_device
 from afterimage.runtime.terminal import Progress, silent
@@ -112,124 +112,90 @@ def verify_runs(
 
 def _verify(
     verdict: Verdict,
-    load: Callable[[DataConfig], _Loaded],
+    load: Callable[[DataConfig], tuple[ImageSet, Data | None, Sequence[str]]],
     weights: str | None,
     accelerator: str,
     progress: Progress,
 ) -> None:
-    run = verdict.run
+    run, changes = verdict.run, verdict.changes
     if run.state != "done":
         raise _Missing(f"it is not finished (state: {run.state})")
     result = run.result
     if result.kind not in ("decoder", "baseline"):
         verdict.skipped = f"rows of kind {result.kind} are not measured again"
         return
-    verdict.problems += _within(result)
-    verdict.changes += _folder_changes(run, result)
-    images = load(result.config.data)
-    verdict.changes += _image_changes(result, images)
-    _same_images(result.per_image, images.test)
-    metrics = Metrics(result.lpips.net, size=min(result.config.data.size))
-    before, now = (s.weights and s.weights.sha256 for s in (result.lpips, metrics.lpips_status))
-    if before != now:
-        verdict.changes.append(f"LPIPS: weights {before and before[:12]} then, {now and now[:12]} now")
-    if isinstance(result.config, BaselineConfig):
-        found = evaluate(baseline(result.config.baseline), images.test, metrics, progress=progress)
-    else:
-        found = _decoded(run, images.test, metrics, weights, accelerator, progress)
-    _compare(verdict, result.per_image, found.rows)
-
-
-class _Loaded(NamedTuple):
-    """Images of a run: the test images, and all of them if the training images are here too."""
-
-    test: ImageSet
-    data: Data | None = None
-    notes: Sequence[str] = ()
-
-
-def _load(config: DataConfig, cache: Path | None, progress: Progress) -> _Loaded:
-    """Load a run's images; training images may be missing if the test images come from another source."""
-    try:
-        data = load_data(config, cache=cache, progress=progress)
-        return _Loaded(data.test, data)
-    except AfterimageError as error:
-        if not config.test:
-            raise _Missing(str(error)) from None
-    try:
-        test, notes = load_test(config, cache=cache, progress=progress)
-    except AfterimageError as error:
-        raise _Missing(str(error)) from None
-    return _Loaded(test, notes=notes)
-
-
-def _folder_changes(run: Run, result: Result) -> list[str]:
-    """Return changes of the settings and the decoder in a run's folder since they were written."""
-    changes = []
-    if not run.name.endswith(result.config.digest[:8]):
-        changes.append("the settings: config.toml is not the one that named the folder")
-    decoder = run.file("decoder.safetensors")
-    if result.training and not decoder.exists():
-        raise _Missing(f"{decoder.name} is missing from the run's folder")
-    if result.training and result.training.decoder_sha256 != sha256(decoder):
-        changes.append("the decoder: decoder.safetensors is not the one that was measured")
-    return changes
-
-
-def _image_changes(result: Result, images: _Loaded) -> list[str]:
-    """Return differences between the run's images and those that were loaded now."""
-    before, now = result.data, images.data
-    if now is None:
-        return [f"the images: {note}" for note in images.notes]
-    if before.digest == now.digest:
-        return []
-    return [
-        f"the images: digest {before.digest[:12]} then, {now.digest[:12]} now; training/validation/test "
-        f"{before.train}/{before.validation}/{before.test_images} then, "
-        f"{len(now.train)}/{len(now.validation)}/{len(now.test)} now"
-    ]
-
-
-def _same_images(stored: Sequence[Mapping[str, Any]], test: ImageSet) -> None:
-    """Raise if the stored scores are not of these test images, since they could not be compared."""
-    before, now = [row["id"] for row in stored], list(test.ids)
-    if before == now:
-        return
-    here = set(now)
-    lost = [identity for identity in before if identity not in here]
-    named = f"; missing: {listed(lost, SHOWN)}" if lost else ""
-    raise _Missing(
-        f"other test images: {len(before)} were measured then, {len(now)} are here, or other ids{named}"
-    )
-
-
-def _within(result: Result) -> list[str]:
-    """Return a problem if the stored summary is not the mean of the stored scores per image."""
     for name, score in summarise(result.per_image).items():
         before = result.scores[name]
         if (score is None) != (before is None) or (
             score is not None and not math.isclose(score.mean, before.mean, rel_tol=1e-9)
         ):
-            return [f"summary.json and scores.csv do not agree about {name}"]
-    return []
+            verdict.problems.append(f"summary.json and scores.csv do not agree about {name}")
+
+    # The files of the run
+    config, decoder = result.config, run.file("decoder.safetensors")
+    if not run.name.endswith(config.digest[:8]):
+        changes.append("the settings: config.toml is not the one that named the folder")
+    if result.training and not decoder.exists():
+        raise _Missing(f"{decoder.name} is missing from the run's folder")
+    if result.training and result.training.decoder_sha256 != sha256(decoder):
+        changes.append("the decoder: decoder.safetensors is not the one that was measured")
+
+    # Its images
+    test, data, notes = load(config.data)
+    then = result.data
+    changes += [f"the images: {note}" for note in notes]
+    if data is not None and then.digest != data.digest:
+        changes.append(
+            f"the images: digest {then.digest[:12]} then, {data.digest[:12]} now; training/validation/test "
+            f"{then.train}/{then.validation}/{then.test_images} then, "
+            f"{len(data.train)}/{len(data.validation)}/{len(data.test)} now"
+        )
+    stored, here = [row["id"] for row in result.per_image], list(test.ids)
+    if stored != here:
+        known = set(here)
+        lost = [one for one in stored if one not in known]
+        named = f"; missing: {listed(lost, SHOWN)}" if lost else ""
+        raise _Missing(
+            f"other test images: {len(stored)} were measured then, {len(here)} are here, or other ids{named}"
+        )
+
+    # Its scores
+    metrics = Metrics(result.lpips.net, size=min(config.data.size))
+    before, now = (s.weights and s.weights.sha256 for s in (result.lpips, metrics.lpips_status))
+    if before != now:
+        changes.append(f"LPIPS: weights {before and before[:12]} then, {now and now[:12]} now")
+    if isinstance(config, BaselineConfig):
+        found = evaluate(baseline(config.baseline), test, metrics, progress=progress)
+    else:
+        try:
+            device = one_device(accelerator, config.recipe.precision).device
+            if config.features is not None and not weights:
+                open_features(config.features, progress)
+            else:
+                check_weights(config.models, absolute_weights(weights or config.weights))
+        except AfterimageError as error:
+            raise _Missing(str(error)) from None
+        reconstruct = reconstruct_in(config.recipe.precision, run, weights=weights, device=device)
+        options = {"batch_size": config.recipe.batch_size, "device": device, "progress": progress}
+        found = evaluate(reconstruct, test, metrics, **options)
+    _compare(verdict, result.per_image, found.rows)
 
 
-def _decoded(
-    run: Run, test: ImageSet, metrics: Metrics, weights: str | None, accelerator: str, progress: Progress
-) -> Evaluation:
-    """Measure a run's decoder as its training did."""
-    config = run.config
+def _load(
+    config: DataConfig, cache: Path | None, progress: Progress
+) -> tuple[ImageSet, Data | None, Sequence[str]]:
+    """Load a run's test images, and all of them if the training images are here too; or else notes."""
     try:
-        device = one_device(accelerator, config.recipe.precision).device
-        if config.features is not None and not weights:
-            open_features(config.features, progress)
-        else:
-            check_weights(config.models, absolute_weights(weights or config.weights))
+        try:
+            data = load_data(config, cache=cache, progress=progress)
+            return data.test, data, ()
+        except AfterimageError:
+            if not config.test:
+                raise
+        test, notes = load_test(config, cache=cache, progress=progress)
     except AfterimageError as error:
         raise _Missing(str(error)) from None
-    reconstruct = reconstruct_in(config.recipe.precision, run, weights=weights, device=device)
-    options = {"batch_size": config.recipe.batch_size, "device": device, "progress": progress}
-    return evaluate(reconstruct, test, metrics, **options)
+    return test, None, notes
 
 
 def _compare(verdict: Verdict, stored: Sequence[Mapping[str, Any]], rows: list[dict[str, Any]]) -> None:

@@ -27,12 +27,11 @@ LEFTOVER = ".part"
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file completely or not at all: the block writes a temporary file, which is synced and then renamed.
 
     Args:
         path: the file; missing folders are created
-        keep: new name for the file that was there, renamed once the new one is safe on disk
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER)
@@ -42,8 +41,6 @@ def atomic_file(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        if keep is not None and path.exists():
-            os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -52,12 +49,12 @@ def atomic_file(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
-def write_atomic(path: str | Path, content: bytes | str, *, keep: Path | None = None) -> None:
+def write_atomic(path: str | Path, content: bytes | str) -> None:
     """Write a file's whole content as `atomic_file` does; raise an `AfterimageError` that names it if that fails."""
     # A name with undecodable bytes has lone surrogates, which UTF-8 cannot hold; the escape is also valid in JSON.
     content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
-        with atomic_file(Path(path), keep=keep) as file:
+        with atomic_file(Path(path)) as file:
             file.write(content)
     except OSError as error:
         raise AfterimageError(f"cannot write {shown(path)}: {error.strerror or error}") from error

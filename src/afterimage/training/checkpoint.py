@@ -1,11 +1,11 @@
-"""Atomically written checkpoints of a run's training, and loading of a finished run's reconstructor."""
+"""The atomically written checkpoint of a run's training, and loading of a finished run's reconstructor."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +20,38 @@ from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
 from afterimage.training.feature_loader import build_encoders
 
-CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def save_checkpoint(run: Run, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint of tensors and JSON values with its digest; the one before it is kept as `PREVIOUS`."""
+    """Write a checkpoint of tensors and JSON values with its digest."""
     stored, text = plain(tensors), json.dumps(facts)
-    content = save(stored, {"facts": text, "sha256": _digest(stored, text)})
-    write_atomic(run.file(CHECKPOINT), content, keep=run.file(PREVIOUS))
+    write_atomic(run.file(CHECKPOINT), save(stored, {"facts": text, "sha256": _digest(stored, text)}))
 
 
-def load_checkpoints(run: Run, log: Callable[[str], None]) -> Iterator[tuple[dict[str, Tensor], dict]]:
-    """Yield the tensors and facts of a run's undamaged checkpoints, newest first.
-
-    Args:
-        run: the run
-        log: called with a message for each damaged checkpoint
-    """
-    for name in (CHECKPOINT, PREVIOUS):
-        path = run.file(name)
-        if not path.exists():
-            continue
-        try:
-            tensors, metadata = load_tensors(path)
-            text = metadata.get("facts", "")
-            if _digest(tensors, text) != metadata.get("sha256"):
-                raise ValueError("its contents do not have its digest")
-            facts = json.loads(text)
-            if not (isinstance(facts, dict) and isinstance(facts.get("identity"), dict)):
-                raise ValueError("it does not say which run it belongs to")
-        except (AfterimageError, ValueError, RecursionError) as error:
-            log(f"{shown(path)} is damaged and not used: {error}")
-        else:
-            yield tensors, facts
+def load_checkpoint(run: Run, log: Callable[[str], None]) -> tuple[dict[str, Tensor], dict] | None:
+    """Return the tensors and facts of a run's checkpoint; None, with a message to `log`, if it is damaged."""
+    path = run.file(CHECKPOINT)
+    if not path.exists():
+        return None
+    try:
+        tensors, metadata = load_tensors(path)
+        text = metadata.get("facts", "")
+        if _digest(tensors, text) != metadata.get("sha256"):
+            raise ValueError("its contents do not have its digest")
+        facts = json.loads(text)
+        if not (isinstance(facts, dict) and isinstance(facts.get("identity"), dict)):
+            raise ValueError("it does not say which run it belongs to")
+    except (AfterimageError, ValueError, RecursionError) as error:
+        log(f"{shown(path)} is damaged and not used: {error}")
+        return None
+    return tensors, facts
 
 
-def remove_checkpoints(run: Run) -> None:
-    """Remove a run's checkpoints; files that cannot be removed stay."""
-    for name in (CHECKPOINT, PREVIOUS):
-        with contextlib.suppress(OSError):
-            run.file(name).unlink()
+def remove_checkpoint(run: Run) -> None:
+    """Remove a run's checkpoint; a file that cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        run.file(CHECKPOINT).unlink()
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -18,14 +18,14 @@ from afterimage.runs.run import Run
 from afterimage.runtime.device import Result, retry_with_smaller_batch
 from afterimage.runtime.sync_batchnorm import adapt
 from afterimage.training.checkpoint import (
-    load_checkpoints,
+    load_checkpoint,
     pack_optimizer,
     prefixed,
     save_checkpoint,
     unpack_optimizer,
     without_prefix,
 )
-from afterimage.training.context import RunContext
+from afterimage.training.feature_loader import RunContext
 from afterimage.training.losses import create_loss
 
 PROGRESS = (
@@ -227,7 +227,7 @@ class DecoderTrainer:
             self.run.save_history(self.history)
 
     def restore(self) -> bool:
-        """Restore the state from the run's newest undamaged checkpoint.
+        """Restore the state from the run's checkpoint.
 
         Returns:
             True if a checkpoint was restored; the reason why one cannot be used is logged
@@ -237,7 +237,7 @@ class DecoderTrainer:
         """
         found = None
         if self.run is not None and self.context.ranks.is_main_process:
-            found = next(iter(load_checkpoints(self.run, self.context.log)), None)
+            found = load_checkpoint(self.run, self.context.log)
         if found := self.context.ranks.broadcast(found):
             tensors, facts = found
             made_on = facts["identity"]

@@ -1,10 +1,11 @@
-"""Batches of images with their features, for training and for evaluation, checked before anything learns from them."""
+"""The context of training, and its batches of images with their features, checked before anything learns from them."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,81 @@ from afterimage.data.images import Data, ImageSet
 from afterimage.data.sampling import order
 from afterimage.evaluation.metrics import problem
 from afterimage.models.reconstructor import Encoders, MultiEncoder, no_maps
+from afterimage.runs.run import Run
 from afterimage.runtime.device import retry_with_smaller_batch
+from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from afterimage.runtime.failures import ENCODERS, concerning
+from afterimage.runtime.process import GracefulShutdown
 from afterimage.runtime.terminal import Progress, silent
-from afterimage.training.context import RunContext
 
+CHECKPOINT_SECONDS = 45.0
+"""Seconds between checkpoints: with the current step added, at most about a minute of work is lost."""
 VALIDATION_BYTES = 1 << 30
 """Largest total size of validation images and features, in bytes, that is kept in memory after the first pass."""
 
 Batch = tuple[Tensor, Tensor, list[Tensor]]
 """`(indices, images, features)`: indices in the image set, `(B,)`; images, `(B, 3, H, W)` in [0, 1]; and one feature
 map `(B, C, h, w)` for each source. Images and features are on the device."""
+
+
+@dataclass(kw_only=True)
+class RunContext:
+    """Context of a stand-alone training: an error ends it, no folder is locked, nothing is timed.
+
+    Studies, audits and the profiler override its methods: to record the failure of one run and continue with the
+    others, to check that they still hold a run's lock, to time the sections.
+
+    Args:
+        ranks: processes that train together, each on its part of every batch
+        progress: callback for progress and for messages to the user
+        shutdown: record of a signal that asks this process to stop
+        checkpoint_seconds: time between two checkpoints within an epoch; another is written after every epoch
+        failed: runs whose failure was recorded; their training has ended
+    """
+
+    ranks: ProcessGroup = SINGLE_PROCESS
+    progress: Progress = silent
+    shutdown: GracefulShutdown = field(default_factory=GracefulShutdown)
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    failed: set[Run] = field(default_factory=set)
+
+    def log(self, text: str) -> None:
+        """Show the user a message."""
+        self.progress(text, 1, 1)
+
+    def check_shutdown(self) -> None:
+        """Raise `Stopped` on all ranks if any of them was asked to stop."""
+        with self.ranks.raise_on_all_ranks():
+            self.shutdown.check()
+
+    def check_lock(self, run: Run) -> None:
+        """Raise `LockLost` if another process has taken over a run's lock, before this one writes to its folder."""
+
+    @contextlib.contextmanager
+    def isolate(self, run: Run | None) -> Iterator[None]:
+        """Limit an error in this block, on any rank, to one run, unless `record_failure` raises it.
+
+        Args:
+            run: the run; None for a decoder without a folder
+        """
+        try:
+            with self.ranks.raise_on_all_ranks():
+                yield
+        except Exception as error:
+            self.fail(run, error)
+
+    def fail(self, run: Run | None, error: Exception) -> None:
+        """End a run with an error that all ranks have, unless `record_failure` raises it."""
+        self.record_failure(run, error)
+        self.failed.add(run)
+
+    def record_failure(self, run: Run | None, error: Exception) -> None:
+        """Record that an error ended a run, or raise the error; this class always raises."""
+        raise error
+
+    def section(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Return a context for `data`, `encoder`, `decoder forward`, `backward` or `optimizer`, which may be timed."""
+        return contextlib.nullcontext()
 
 
 def build_encoders(

@@ -22,9 +22,8 @@ from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.runs.files import write_json
 from afterimage.runtime.device import one_device
 from afterimage.runtime.terminal import Progress, console, silent
-from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer
-from afterimage.training.feature_loader import FeatureLoader, build_encoders
+from afterimage.training.feature_loader import FeatureLoader, RunContext, build_encoders
 from afterimage.training.trainer import training_step
 
 PARTS = ("data", "encoder", "decoder forward", "backward", "optimizer")

@@ -24,9 +24,8 @@ from afterimage.runtime.device import retry_with_smaller_batch
 from afterimage.runtime.distributed import RankLost, distributed_context
 from afterimage.runtime.process import Stopped
 from afterimage.runtime.terminal import Progress, silent
-from afterimage.training.context import RunContext
 from afterimage.training.decoder_trainer import DecoderTrainer, split_batch
-from afterimage.training.feature_loader import FeatureLoader
+from afterimage.training.feature_loader import FeatureLoader, RunContext
 
 TRAINED_ELSEWHERE = "trained elsewhere: there is nothing to train, the decoder is measured as it is"
 

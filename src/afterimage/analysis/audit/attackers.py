@@ -29,10 +29,9 @@ from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.models.weight_files import load_tensors
 from afterimage.runs.run import Run, is_done
 from afterimage.runtime.failures import together
-from afterimage.training.checkpoint import remove_checkpoints
-from afterimage.training.context import RunContext
+from afterimage.training.checkpoint import remove_checkpoint
 from afterimage.training.decoder_trainer import DecoderTrainer
-from afterimage.training.feature_loader import FeatureLoader
+from afterimage.training.feature_loader import FeatureLoader, RunContext
 from afterimage.training.trainer import Trainer
 
 CALIBRATION_BYTES = 1 << 29
@@ -232,7 +231,7 @@ def _measure(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) 
             condition, took = context.conditions[decoder.run], decoder.seconds
             images, notes = result.images, decoder.notes
             session.save(condition, result.rows, images, joined(parts), seconds=took, notes=notes)
-            remove_checkpoints(decoder.run)
+            remove_checkpoint(decoder.run)
 
 
 def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data | None:

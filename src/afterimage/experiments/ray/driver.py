@@ -21,8 +21,8 @@ from afterimage.runs.run import Run, forget, recorded_error
 from afterimage.runtime.failures import collected, concerns, of_caller, one_line
 from afterimage.runtime.process import GracefulShutdown, graceful_shutdown
 from afterimage.runtime.terminal import Progress, silent
-from afterimage.training.checkpoint import CHECKPOINT, PREVIOUS, remove_checkpoints
-from afterimage.training.context import CHECKPOINT_SECONDS
+from afterimage.training.checkpoint import CHECKPOINT, remove_checkpoint
+from afterimage.training.feature_loader import CHECKPOINT_SECONDS
 
 
 def train_on_ray(
@@ -205,7 +205,7 @@ class Driver:
                 self.queue.locks[run].check()
                 unpack(run, answer.folders[run.name])
                 if run.state == "done":
-                    remove_checkpoints(run)
+                    remove_checkpoint(run)
         left = {run for run in job.runs if run.name in answer.left}
         self.queue.elsewhere |= left
         ended = [run for run in job.runs if run not in left]
@@ -262,9 +262,10 @@ class Driver:
 
 
 def _checkpoints(run: Run) -> dict[str, bytes]:
-    """Read the checkpoint files that an earlier attempt left, from which the next one resumes."""
+    """Read the checkpoint that an earlier attempt left, from which the next one resumes."""
     run.remove_leftovers()
-    return {name: run.file(name).read_bytes() for name in (PREVIOUS, CHECKPOINT) if run.file(name).exists()}
+    path = run.file(CHECKPOINT)
+    return {CHECKPOINT: path.read_bytes()} if path.exists() else {}
 
 
 def find_bounds_on_ray(
