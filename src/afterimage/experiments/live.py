@@ -178,7 +178,7 @@ class LiveDecoder:
                     "average": (mine + other) / 2,
                 }[state.change]
                 features[i] = torch.where(state.chosen(spec, self.data.size).to(mine.device), new, mine)
-        return [defence([maps])[0] for maps, defence in zip(features, self._defences(state), strict=True)]
+        return [defence(maps) for maps, defence in zip(features, self._defences(state), strict=True)]
 
     def _defences(self, state: LiveState) -> list[Defence]:
         found = [self._defence(i, state.defence(spec)) for i, spec in enumerate(self.specs)]
@@ -195,9 +195,9 @@ class LiveDecoder:
     def _fit_defence(self, index: int, text: str) -> Defence:
         """Create a defence of one feature map; scales and directions are fitted on the example photographs."""
         spec = self.specs[index]
-        defence = create_defence(text, [spec], image_size=self.data.size).to(self.device)
-        if any(part.learns for part in defence.chains[0]):
-            defence.fit([self._example_features[index]])
+        defence = create_defence(text, spec, image_size=self.data.size).to(self.device)
+        if any(part.learns for part in defence.parts):
+            defence.fit(self._example_features[index])
         return defence
 
     def _learn_errors(self, without: frozenset[str]) -> DecoderErrors:

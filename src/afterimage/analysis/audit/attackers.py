@@ -64,7 +64,7 @@ class DefendedFeatures(nn.Module):
 
     def defend(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the features that each defence sends for undefended ones."""
-        return [maps for defence in self.defences for maps in defence.encode(features)]
+        return [defence.encode(features[0]) for defence in self.defences]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.defend(self.encoder(images))
@@ -173,7 +173,7 @@ def _decoder(
     """Build the decoder of an attacker for the features that the defence at `index` sends."""
     session, defence = context.session, sent.defences[index]
     recipe, seed = session.config.recipe, session.config.seed
-    spec = defence.sent_specs[0]
+    spec = defence.sent_spec
     options = decoder_family(decoder).single_location if spec.locations == 1 else {}
     built = create_decoder(decoder, [spec], session.target.image_size, seed=seed, **options)
     name = f"{decoder} on {defence.name} of {spec.source}"
@@ -267,7 +267,7 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
 @torch.no_grad()
 def calibration(
     sent: DefendedFeatures, image_set: ImageSet, device: torch.device | str, batch_size: int
-) -> list[Tensor]:
+) -> Tensor:
     """Return the features that a defence is fitted on, of the first images: at most 128, or about 512 MiB."""
     maps: list[Tensor] = []
     limit = min(len(image_set), CALIBRATION_IMAGES)
@@ -276,7 +276,7 @@ def calibration(
         maps.append(sent.raw(image_set, chunk, images)[0])
         if sum(part.nbytes for part in maps) >= CALIBRATION_BYTES:
             break
-    return [torch.cat(maps)]
+    return torch.cat(maps)
 
 
 def mean_image(images: ImageSet, batch_size: int) -> Tensor:

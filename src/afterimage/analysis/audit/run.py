@@ -88,7 +88,7 @@ def _check_defences(session: AuditSession) -> None:
 
 
 def _defence(session: AuditSession, text: str, spec: FeatureSpec) -> Defence:
-    return create_defence(text, [spec], seed=session.config.seed, image_size=session.target.image_size)
+    return create_defence(text, spec, seed=session.config.seed, image_size=session.target.image_size)
 
 
 def _attackers(session: AuditSession) -> Iterator[tuple[int, Data]]:

@@ -153,7 +153,7 @@ def measure_cost(
         images = image_set.crops(range(len(image_set))[start : start + batch_size], device=device)
         plain = network(images)
         for i, defence in enumerate(defences):
-            defended = network(images, lambda maps, defence=defence: defence([maps])[0])
+            defended = network(images, lambda maps, defence=defence: defence(maps))
             same[i] += (plain.argmax(1) == defended.argmax(1)).tolist()
             cosines[i] += nn.functional.cosine_similarity(plain, defended, dim=1).tolist()
         progress("measuring what defences cost", start + len(images), len(image_set))
@@ -169,7 +169,7 @@ def measure_cost(
         )
     found = []
     for defence, agreed, cosine in zip(defences, same, cosines, strict=True):
-        extra = 4 * network.prefix * defence.specs[0].channels
+        extra = 4 * network.prefix * defence.spec.channels
         mean = mean_interval(np.array(cosine), (-1.0, 1.0))
         share = share_interval(np.array(agreed))
         found.append(

@@ -44,8 +44,6 @@ class Part(nn.Module):
     """True if the part needs `fit` before it can run."""
     is_random = False
     """True if `encode` draws random numbers on every call, which the receiver cannot repeat."""
-    preserves_positions = True
-    """True if sent features stay at their locations in the map."""
     context: ClassVar[tuple[str, ...]] = ()
     """Names of further arguments of the constructor, out of `seed` and `image_size`."""
 

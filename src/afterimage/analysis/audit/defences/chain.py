@@ -6,118 +6,92 @@ import re
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from afterimage.analysis.audit.defences.base import Part, Wire
-from afterimage.analysis.audit.defences.noise import Noise, Shuffle
+from afterimage.analysis.audit.defences.base import Map, Part, Wire
+from afterimage.analysis.audit.defences.noise import Noise
 from afterimage.analysis.audit.defences.quantise import OneBit, Quantise
 from afterimage.analysis.audit.defences.reduce import PCA, Drop, Pool, TopK
 from afterimage.config import AfterimageError, FeatureSpec, unknown
 
-Maps = Sequence[Float[Tensor, "_ _ _ _"]]
-
-
 DEFENCES: dict[str, type[Part]] = {
     "noise": Noise, "int": Quantise, "1bit": OneBit, "topk": TopK, "pca": PCA, "drop": Drop, "pool": Pool,
-    "shuffle": Shuffle,
 }  # fmt: skip
 """Parts of defences by name; `int` is written with its bits, as in `int8`."""
 
 
 class Defence(nn.Module):
-    """A chain of parts for each of several feature maps.
+    """A chain of parts for one feature map.
 
     Attributes:
         name: text from which it was built
-        specs: shapes of the features
-        sent_specs: shapes of the features that are sent
+        spec: shape of the features
+        sent_spec: shape of the features that are sent
         plain_bytes: size in bytes of one image's features as float32
         sent_bytes: size in bytes of the features sent for one image, without entropy coding
-        chains: parts for each map
+        parts: the parts, from left to right
     """
 
-    def __init__(self, name: str, specs: Sequence[FeatureSpec], chains: Sequence[Sequence[Part]]) -> None:
+    def __init__(self, name: str, spec: FeatureSpec, parts: Sequence[Part]) -> None:
         super().__init__()
-        self.name, self.specs = name, tuple(specs)
-        self.chains = nn.ModuleList(nn.ModuleList(chain) for chain in chains)
-        self.sent_specs = tuple(
-            chain[-1].sent if chain else spec for chain, spec in zip(chains, specs, strict=True)
-        )
-        wires = [Wire(spec.values) for spec in specs]
-        self.plain_bytes = sum(wire.bytes for wire in wires)
-        for i, chain in enumerate(chains):
-            for part in chain:
-                wires[i] = part.wire(wires[i])
-        self.sent_bytes = sum(wire.bytes for wire in wires)
-
-    @property
-    def preserves_positions(self) -> bool:
-        """True if sent features stay at their locations in the map."""
-        return all(part.preserves_positions for chain in self.chains for part in chain)
+        self.name, self.spec, self.parts = name, spec, nn.ModuleList(parts)
+        self.sent_spec = parts[-1].sent if parts else spec
+        plain = wire = Wire(spec.values)
+        for part in parts:
+            wire = part.wire(wire)
+        self.plain_bytes, self.sent_bytes = plain.bytes, wire.bytes
 
     def reseed(self, seed: int) -> None:
-        """Draw noise and random orders from generators with a fixed seed from now on.
+        """Draw noise from generators with a fixed seed from now on.
 
         Only for experiments, since anyone with the seed can undo the defence.
         """
-        for i, part in enumerate(part for chain in self.chains for part in chain):
+        for i, part in enumerate(self.parts):
             part.generator = torch.Generator().manual_seed(seed + i)
 
     @torch.no_grad()
-    def fit(self, features: Maps) -> Defence:
+    def fit(self, maps: Map) -> Defence:
         """Fit each part on maps `(N, C, h, w)` after the parts before it, and return the defence."""
-        for chain, maps in zip(self.chains, features, strict=True):
-            for part in chain:
-                part.fit(maps)
-                maps = part.encode(maps)
+        for part in self.parts:
+            part.fit(maps)
+            maps = part.encode(maps)
         return self
 
-    def encode(self, features: Maps, *, random: bool = True) -> list[Tensor]:
+    def encode(self, maps: Map, *, random: bool = True) -> Map:
         """Return the features to send; raise an `AfterimageError` if a part has not been fitted.
 
         Args:
-            features: maps `(B, C, h, w)`
-            random: whether to apply random parts: noise and shuffling
+            maps: the features `(B, C, h, w)`
+            random: whether to add noise
         """
-        sent = []
-        for chain, maps in zip(self.chains, features, strict=True):
-            for part in chain:
-                if not part.fitted:
-                    raise AfterimageError(
-                        f"the defence {self.name} has to be fitted on features before it can run"
-                    )
-                if random or not part.is_random:
-                    maps = part.encode(maps)
-            sent.append(maps)
+        for part in self.parts:
+            if not part.fitted:
+                raise AfterimageError(
+                    f"the defence {self.name} has to be fitted on features before it can run"
+                )
+            if random or not part.is_random:
+                maps = part.encode(maps)
+        return maps
+
+    def decode(self, sent: Map) -> Map:
+        """Return maps of the original shape, for the rest of the network."""
+        for part in reversed(self.parts):
+            sent = part.decode(sent)
         return sent
 
-    def decode(self, sent: Maps) -> list[Tensor]:
-        """Return maps of the original shapes, for the rest of the network."""
-        restored = []
-        for chain, maps in zip(self.chains, sent, strict=True):
-            for part in reversed(chain):
-                maps = part.decode(maps)
-            restored.append(maps)
-        return restored
-
-    def forward(self, features: Maps) -> list[Tensor]:
+    def forward(self, maps: Map) -> Map:
         """Return the maps that the rest of the network receives under this defence."""
-        return self.decode(self.encode(features))
+        return self.decode(self.encode(maps))
 
 
 def create_defence(
-    text: str,
-    specs: Sequence[FeatureSpec],
-    *,
-    seed: int = 0,
-    image_size: tuple[int, int] | None = None,
+    text: str, spec: FeatureSpec, *, seed: int = 0, image_size: tuple[int, int] | None = None
 ) -> Defence:
     """Build a defence from a text such as `noise:0.5+int8`, or `none`. The parts run from left to right.
 
     Args:
         text: the parts, joined by `+`
-        specs: shapes of the features
+        spec: shape of the features
         seed: seed of the channels that `drop` keeps
         image_size: `(height, width)` of the images in pixels; needed to place the map that `pool` sends if
             its size does not divide that of the features
@@ -125,15 +99,10 @@ def create_defence(
     Raises:
         AfterimageError: a part is unknown or its argument is out of range; the message lists what is valid
     """
-    return Defence(text, specs, [_chain(text, spec, seed, image_size) for spec in specs])
-
-
-def _chain(text: str, spec: FeatureSpec, seed: int, image_size: tuple[int, int] | None) -> list[Part]:
-    chain: list[Part] = []
+    parts: list[Part] = []
     for word in [] if text.strip() == "none" else text.split("+"):
-        part = _part(word.strip(), chain[-1].sent if chain else spec, seed, image_size)
-        chain.append(part)
-    return chain
+        parts.append(_part(word.strip(), parts[-1].sent if parts else spec, seed, image_size))
+    return Defence(text, spec, parts)
 
 
 def _part(word: str, spec: FeatureSpec, seed: int, image_size: tuple[int, int] | None) -> Part:

@@ -1,4 +1,4 @@
-"""Random defences: noise on the values, or locations in random order."""
+"""Noise on the values of features."""
 
 from __future__ import annotations
 
@@ -35,21 +35,3 @@ class Noise(Part):
 
     def wire(self, wire: Wire) -> Wire:
         return Wire(self.spec.values)
-
-
-class Shuffle(Part):
-    """Random order of the locations, new for each image; the channels of a location stay together.
-
-    `decode` does not undo it, since the order is not stored. It hardly affects networks that ignore
-    positions.
-    """
-
-    usage = "shuffle"
-    is_random = True
-    preserves_positions = False
-
-    def encode(self, maps: Map) -> Map:
-        batch, _, height, width = maps.shape
-        keys = torch.rand(batch, height * width, generator=self.generator)
-        order = keys.argsort(1).to(maps.device)[:, None].expand(-1, maps.shape[1], -1)
-        return maps.flatten(2).gather(2, order).view_as(maps)
