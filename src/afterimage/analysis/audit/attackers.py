@@ -126,8 +126,9 @@ def attack_layer(
         return [condition for condition in conditions if condition.defence in texts]
 
     def attack(texts: list[str]) -> None:
-        missing = [condition for condition in own(texts) if not session.is_done(condition)]
-        _attack(session, layer, encoder, {text: defences[text] for text in texts}, data, missing)
+        source = session.target.specs[layer].source
+        sent = DefendedFeatures(source, [defences[text] for text in texts], encoder)
+        _attack(session, sent, data, [one for one in own(texts) if not session.is_done(one)])
 
     together(
         attack, list(defences), lambda text, error: session.failed(f"{layer}, {text}", error, own([text]))
@@ -135,26 +136,26 @@ def attack_layer(
 
 
 def _attack(
-    session: AuditSession,
-    layer: str,
-    encoder: nn.Module | None,
-    defences: Mapping[str, Defence],
-    data: Data,
-    missing: Sequence[AuditCondition],
+    session: AuditSession, sent: DefendedFeatures, data: Data, missing: Sequence[AuditCondition]
 ) -> None:
     context = AttackContext(progress=session.progress, session=session)
     decoders: dict[tuple[str, str], DecoderTrainer] = {}
-    sent = DefendedFeatures(session.target.specs[layer].source, list(defences.values()), encoder)
+    names, recipe, seed = [d.name for d in sent.defences], session.config.recipe, session.config.seed
     for defence, decoder in dict.fromkeys((condition.defence, condition.decoder) for condition in missing):
         # All attackers start from the decoder of the black-box attacker.
-        condition = session.condition(layer, defence, decoder, data, BLACK_BOX, DECODED)
+        condition = session.condition(sent.layer, defence, decoder, data, BLACK_BOX, DECODED)
         with session.ending(condition.label, [condition]):
-            run = session.begin(condition)
+            run, index = session.begin(condition), names.index(defence)
             context.conditions[run] = condition
-            decoders[defence, decoder] = _decoder(decoder, list(defences).index(defence), sent, run, context)
+            spec = sent.defences[index].sent_spec
+            options = decoder_family(decoder).single_location if spec.locations == 1 else {}
+            built = create_decoder(decoder, [spec], session.target.image_size, seed=seed, **options)
+            name = f"{decoder} on {defence} of {spec.source}"
+            decoders[defence, decoder] = DecoderTrainer(
+                FeatureDecoder(built), [index], recipe, session.fabric, name=name, run=run, context=context
+            )
     if not decoders:
         return
-    recipe, seed = session.config.recipe, session.config.seed
     loader = DefendedFeatureLoader(sent, data, recipe, session.fabric, seed=seed, context=context)
     _train(loader, list(decoders.values()))
     for (defence, name), decoder in decoders.items():
@@ -165,21 +166,6 @@ def _attack(
             ]
             if own:
                 improve(loader, decoder, own)
-
-
-def _decoder(
-    decoder: str, index: int, sent: DefendedFeatures, run: Run, context: AttackContext
-) -> DecoderTrainer:
-    """Build the decoder of an attacker for the features that the defence at `index` sends."""
-    session, defence = context.session, sent.defences[index]
-    recipe, seed = session.config.recipe, session.config.seed
-    spec = defence.sent_spec
-    options = decoder_family(decoder).single_location if spec.locations == 1 else {}
-    built = create_decoder(decoder, [spec], session.target.image_size, seed=seed, **options)
-    name = f"{decoder} on {defence.name} of {spec.source}"
-    return DecoderTrainer(
-        FeatureDecoder(built), [index], recipe, session.fabric, name=name, run=run, context=context
-    )
 
 
 def _train(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
