@@ -23,7 +23,6 @@ def test_every_part_is_timed_and_in_the_trace(tmp_path):
     result = profile_run(run("transposed"), tmp_path, steps=2, cache=tmp_path / "cache", accelerator="cpu")
     assert tuple(result.parts) == PARTS and min(result.parts.values()) > 0
     assert 1 <= result.images <= 4
-    assert any("convolution" in name for name, *_ in result.operators)
     names = [event.get("name") for event in json.loads(result.trace.read_text())["traceEvents"]]
     assert all(names.count(part) >= 3 for part in PARTS)
     written = json.loads(next(tmp_path.glob("profiles/*.profile.json")).read_text())

@@ -20,6 +20,7 @@ from afterimage.config import (
     FeatureSpec,
     RecipeConfig,
     absolute_weights,
+    check_choice,
     check_range,
     shown,
     split_source,
@@ -73,10 +74,8 @@ class Extraction:
             raise AfterimageError(
                 f"a store holds features of one encoder, got {', '.join(models)}: extract each into a store of its own"
             )
-        if self.split not in (*SPLITS, "all"):
-            raise unknown("split", self.split, (*SPLITS, "all"))
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+        check_choice("split", self.split, (*SPLITS, "all"))
+        check_choice("dtype", self.dtype, DTYPES)
         check_range("seed", self.seed, 0, MAX_SEED)
         check_range("shard_images", 1 if self.shard_images is None else self.shard_images, 1, MAX_IMAGES)
         check_range("batch_size", self.batch_size, 1, MAX_BATCH)

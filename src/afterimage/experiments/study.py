@@ -71,7 +71,9 @@ def expand(
         from_dict(RecipeConfig, {**to_dict(study.recipe), **row.recipe}, f"rows[{i}].recipe.")
         for i, row in enumerate(rows, -len(study.sources))
     ]
-    lpips = _first_lpips() if study.lpips == "any" else study.lpips
+    lpips = study.lpips
+    if lpips == "any":
+        lpips = next((net for net in LPIPS_NETS if Metrics(net).lpips_status.available), LPIPS_NETS[0])
     for name in dict.fromkeys(decoder.name for row in rows for decoder in row.decoders or study.decoders):
         if study.parameters is not None and not _in_sizes(name):
             text = f"the {name} decoder has one size only, which it keeps beside {study.parameters:,}"
@@ -159,10 +161,6 @@ def _matches(source: str, size: tuple[int, int], progress: Progress) -> list[str
     if not matches:
         raise AfterimageError(f"{source!r} matches no layer of {model}. Layers: {', '.join(names)}")
     return matches
-
-
-def _first_lpips() -> str:
-    return next((net for net in LPIPS_NETS if Metrics(net).lpips_status.available), LPIPS_NETS[0])
 
 
 @dataclass(frozen=True)

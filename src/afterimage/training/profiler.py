@@ -57,9 +57,7 @@ class Profile:
         steps: number of timed steps
         images: mean number of images per step
         parts: seconds per step for each of `PARTS`
-        operators: name, seconds per step and calls per step of the ten operators with the most self time (on a CUDA
-            device, time on the GPU); from separate traced steps, since tracing is slow
-        trace: file for a trace viewer (chrome://tracing, ui.perfetto.dev)
+        trace: file for a trace viewer (chrome://tracing, ui.perfetto.dev), of further steps, since tracing is slow
     """
 
     name: str
@@ -68,7 +66,6 @@ class Profile:
     steps: int
     images: float
     parts: dict[str, float]
-    operators: list[tuple[str, float, float]]
     trace: Path
 
     @property
@@ -123,8 +120,7 @@ def profile_run(
         count += step()
         progress("profiling", number + 1, steps)
     parts = {name: total / steps for name, total in timer.seconds.items()}
-    on_device = fabric.device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (fabric.device.type == "cuda")
     with profile(activities=activities) as traced:
         for _ in range(TRACED):
             step()
@@ -132,27 +128,14 @@ def profile_run(
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"{config.name}.trace.json"
     traced.export_chrome_trace(str(trace))
-    key = "self_device_time_total" if on_device else "self_cpu_time_total"
-    events = sorted(
-        (e for e in traced.key_averages() if e.key not in PARTS), key=lambda e: getattr(e, key), reverse=True
-    )
-    operators = [(e.key, getattr(e, key) / 1e6 / TRACED, e.count / TRACED) for e in events[:10]]
-    result = Profile(
-        config.name,
-        str(fabric.device),
-        torch.get_num_threads(),
-        steps,
-        count / steps,
-        parts,
-        operators,
-        trace,
-    )
+    threads = torch.get_num_threads()
+    result = Profile(config.name, str(fabric.device), threads, steps, count / steps, parts, trace)
     write_json(folder / f"{config.name}.profile.json", asdict(result) | {"trace": str(trace)})
     return result
 
 
 def print_profile(result: Profile) -> None:
-    """Print a table of the step's parts and a table of the costliest operators."""
+    """Print a table of the step's parts."""
     from rich.table import Table
 
     screen = console(120)
@@ -163,13 +146,8 @@ def print_profile(result: Profile) -> None:
     for name, seconds in result.parts.items():
         table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / result.seconds:.0%}")
     screen.print(table)
-    table = Table("operator, by its own time", "ms a step", "calls a step")
-    for name, seconds, calls in result.operators:
-        table.add_row(name, f"{seconds * 1e3:.1f}", f"{calls:.0f}")
-    screen.print(table)
     screen.print(
-        f"mean of {result.steps} steps, {result.threads} threads, waiting for the device after every part; operators "
-        f"from {TRACED} traced steps, which tracing slows down",
+        f"mean of {result.steps} steps, {result.threads} threads, waiting for the device after every part",
         soft_wrap=True,
     )
     screen.print(f"trace: {result.trace}", soft_wrap=True)
