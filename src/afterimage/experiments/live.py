@@ -196,7 +196,7 @@ class LiveDecoder:
         """Create a defence of one feature map; scales and directions are fitted on the example photographs."""
         spec = self.specs[index]
         defence = create_defence(text, spec, image_size=self.data.size).to(self.device)
-        if any(part.learns for part in defence.parts):
+        if not defence.fitted:
             defence.fit(self._example_features[index])
         return defence
 

@@ -8,7 +8,7 @@ import pytest
 
 from afterimage.analysis.audit import attackers, run
 from afterimage.analysis.audit.defences.chain import DEFENCES
-from afterimage.analysis.audit.defences.reduce import PCA
+from afterimage.analysis.audit.defences.parts import PCA
 from afterimage.analysis.audit.run import run_audit
 from afterimage.analysis.audit.target import AuditTarget
 from afterimage.cli import main

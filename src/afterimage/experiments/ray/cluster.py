@@ -33,23 +33,6 @@ SETTINGS = {
 }
 
 
-def import_ray() -> Any:
-    """Import the ray package.
-
-    Raises:
-        AfterimageError: Ray is not installed; the message says how to install it
-    """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ImportError as error:
-        raise AfterimageError(
-            f"the ray executor needs Ray ({error}): pip install 'afterimage[cluster]', or pip install ray"
-        ) from None
-    return ray
-
-
 @contextlib.contextmanager
 def connect(address: str, log: Callable[[str], None]) -> Iterator[Any]:
     """Connect to a cluster for the duration of the block, and yield the ray package.
@@ -62,12 +45,37 @@ def connect(address: str, log: Callable[[str], None]) -> Iterator[Any]:
         log: callback for a message that names the cluster
 
     Raises:
-        AfterimageError: Ray is not installed, or the cluster cannot be reached or is lost inside the block
+        AfterimageError: Ray is not installed (the message says how to install it), or the cluster cannot be reached or
+            is lost inside the block
     """
-    ray = import_ray()
-    connected = ray.is_initialized()
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise AfterimageError(
+            f"the ray executor needs Ray ({error}): pip install 'afterimage[cluster]', or pip install ray"
+        ) from None
+    connected, address = ray.is_initialized(), address or os.environ.get("RAY_ADDRESS", "")
     if not connected:
-        _connect(ray, address or os.environ.get("RAY_ADDRESS", ""), log)
+        # Ray warns about its own settings before `logging_level` takes effect.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if not address:
+            log("starting Ray on this machine (no --address)")
+            options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address or "local", **options)
+        except Exception as error:  # Ray raises a plain Exception if it cannot start
+            ray.shutdown()
+            where = address or "on this machine"
+            raise AfterimageError(f"no Ray cluster ({where}): {error!s:.500}") from None
+        finally:
+            if signal.getsignal(signal.SIGTERM) is not before:  # ray.init installs a handler of its own
+                signal.signal(signal.SIGTERM, before)
+        if address:
+            log(f"connected to Ray at {address}")
     try:
         yield ray
     except ray.exceptions.RayError as error:
@@ -78,27 +86,6 @@ def connect(address: str, log: Callable[[str], None]) -> Iterator[Any]:
     finally:
         if not connected:
             ray.shutdown()
-
-
-def _connect(ray: Any, address: str, log: Callable[[str], None]) -> None:
-    logging.getLogger("ray").setLevel(
-        logging.ERROR
-    )  # Ray warns about its own settings before `logging_level` below takes effect
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if not address:
-        log("starting Ray on this machine (no --address)")
-        options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address or "local", **options)
-    except Exception as error:  # Ray raises a plain Exception if it cannot start
-        ray.shutdown()
-        raise AfterimageError(f"no Ray cluster ({address or 'on this machine'}): {error!s:.500}") from None
-    finally:
-        if signal.getsignal(signal.SIGTERM) is not before:  # ray.init installs a handler of its own
-            signal.signal(signal.SIGTERM, before)
-    if address:
-        log(f"connected to Ray at {address}")
 
 
 def group_bytes(configs: Iterable[RunConfig]) -> int:

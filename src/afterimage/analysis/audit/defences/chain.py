@@ -8,10 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from afterimage.analysis.audit.defences.base import Map, Part, Wire
-from afterimage.analysis.audit.defences.noise import Noise
-from afterimage.analysis.audit.defences.quantise import OneBit, Quantise
-from afterimage.analysis.audit.defences.reduce import PCA, Drop, Pool, TopK
+from afterimage.analysis.audit.defences.parts import (
+    PCA,
+    Drop,
+    Map,
+    Noise,
+    OneBit,
+    Part,
+    Pool,
+    Quantise,
+    TopK,
+    Wire,
+)
 from afterimage.config import AfterimageError, FeatureSpec, unknown
 
 DEFENCES: dict[str, type[Part]] = {
@@ -35,6 +43,7 @@ class Defence(nn.Module):
     def __init__(self, name: str, spec: FeatureSpec, parts: Sequence[Part]) -> None:
         super().__init__()
         self.name, self.spec, self.parts = name, spec, nn.ModuleList(parts)
+        self.register_buffer("fitted", torch.tensor(not any(part.learns for part in parts)))
         self.sent_spec = parts[-1].sent if parts else spec
         plain = wire = Wire(spec.values)
         for part in parts:
@@ -53,22 +62,21 @@ class Defence(nn.Module):
     def fit(self, maps: Map) -> Defence:
         """Fit each part on maps `(N, C, h, w)` after the parts before it, and return the defence."""
         for part in self.parts:
-            part.fit(maps)
+            part.learn(maps)
             maps = part.encode(maps)
+        self.fitted.fill_(True)
         return self
 
     def encode(self, maps: Map, *, random: bool = True) -> Map:
-        """Return the features to send; raise an `AfterimageError` if a part has not been fitted.
+        """Return the features to send; raise an `AfterimageError` if a part learns and the defence was not fitted.
 
         Args:
             maps: the features `(B, C, h, w)`
             random: whether to add noise
         """
+        if not self.fitted:
+            raise AfterimageError(f"the defence {self.name} has to be fitted on features before it can run")
         for part in self.parts:
-            if not part.fitted:
-                raise AfterimageError(
-                    f"the defence {self.name} has to be fitted on features before it can run"
-                )
             if random or not part.is_random:
                 maps = part.encode(maps)
         return maps
