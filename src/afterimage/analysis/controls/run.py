@@ -43,8 +43,8 @@ from afterimage.evaluation.baselines import mean_colour
 from afterimage.evaluation.evaluate import summarise
 from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.reconstructor import Reconstructor
-from afterimage.runs.controls import FORMAT, PARTS, STAND_INS, write_part
-from afterimage.runs.files import read_json, sha256
+from afterimage.runs.controls import PARTS, STAND_INS, read_part, write_part
+from afterimage.runs.files import sha256
 from afterimage.runs.results import METRICS
 from afterimage.runs.run import TRACEBACK, Run, forget, write_story
 from afterimage.runtime.device import one_device
@@ -129,15 +129,12 @@ def _codecs(data: Data) -> list[dict[str, Any]]:
 
 
 def _is_fresh(run: Run, part: str, lpips: str | None) -> bool:
-    path = run.file(f"{part}.json")
-    if not path.exists():
+    try:
+        facts, _ = read_part(run, part)
+    except AfterimageError:  # missing, damaged or of another version
         return False
-    content = read_json(path)
-    known = isinstance(content, dict) and content.get("format") == FORMAT
-    if not known or content.get("decoder") != _digest(run):
-        return False
-    scored = content.get("lpips", {"net": lpips})  # parts without LPIPS hold no network
-    return lpips is None or (isinstance(scored, dict) and scored.get("net") == lpips)
+    scored = getattr(facts, "lpips", None)  # parts without LPIPS hold no network
+    return facts.decoder == _digest(run) and (lpips is None or scored is None or scored.net == lpips)
 
 
 def _digest(run: Run) -> str:
