@@ -88,10 +88,8 @@ def profile_run(
     Writes `NAME.trace.json` and `NAME.profile.json` into `root/profiles`.
 
     Raises:
-        AfterimageError: the decoder is not trained by gradient descent, or `steps` is below 1
+        AfterimageError: the decoder is not trained by gradient descent
     """
-    if steps < 1:
-        raise AfterimageError(f"a profile needs one step or more, got {steps}")
     fabric = one_device(accelerator, config.recipe.precision)
     encoders = build_encoders(config, config.sources, progress=progress).to(fabric.device)
     model = build_feature_decoder(config, encoders.specs)

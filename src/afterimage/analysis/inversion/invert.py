@@ -86,16 +86,11 @@ def search(
         AfterimageError: shapes do not match, or a loss is not finite
     """
     config = method or InvertConfig()
-    targets = list(targets)
-    if not targets or len({len(target) for target in targets}) != 1:
-        raise AfterimageError("targets must be one feature map or more, all of the same number of images")
     shape = (len(targets[0]), 3, *size)
     if start is None:
         generator = torch.Generator().manual_seed(seed)
         noise = NOISE * torch.randn(1, *shape[1:], generator=generator)
         start = (GREY + noise).clamp(0, 1).expand(shape).contiguous()
-    elif tuple(start.shape) != shape:
-        raise AfterimageError(f"the start must have shape {shape}, got {tuple(start.shape)}")
     form = Fourier(start.detach().clamp(0, 1).to(targets[0].device), errors and errors.spectrum)
     mixed = config.precision == "bf16-mixed"
     objective = Objective(features_of, targets, errors and errors.whitening, mixed=mixed)
