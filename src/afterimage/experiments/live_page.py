@@ -6,12 +6,14 @@ import base64
 import dataclasses
 import io
 from collections.abc import Iterator, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 from afterimage.config import AfterimageError
@@ -36,39 +38,7 @@ CHANGE_LABELS = dict(
 FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "Liberation Mono", "monospace")
 
-CSS = """
-.gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
-#head h1 { margin: 0; font-size: 1.6rem; }
-#head p, .cards p, #refined p { margin: 0.2rem 0 0; opacity: 0.75; line-height: 1.4; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr)); gap: 16px; }
-.cards figure { margin: 0; padding: 12px; border: 1px solid var(--border-color-primary); border-radius: 12px;
-  background: var(--background-fill-secondary); min-width: 0; }
-.cards img { display: block; width: 100%; border-radius: 6px; }
-.cards figcaption { overflow-wrap: anywhere; font-weight: 600; line-height: 1.3; padding-bottom: 8px; }
-.cards figcaption small { display: block; font-weight: 400; opacity: 0.7; }
-.maps { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; padding-top: 8px; }
-.maps span { display: block; font-size: 0.75rem; opacity: 0.75; padding-top: 2px; }
-.scores { display: flex; flex-wrap: wrap; gap: 2px 12px; margin: 8px 0 0; }
-.scores div { min-width: 0; } .scores dt { font-size: 0.72rem; opacity: 0.75; }
-.scores dd { margin: 0; font-size: 1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-.cards .note { font-size: 0.75rem; }
-.message { padding: 10px 14px; margin-bottom: 12px !important; border-radius: 8px;
-  border: 1px solid var(--error-border-color); background: var(--error-background-fill); }
-#examples-image .grid-wrap, #examples-second .grid-wrap { height: auto; min-height: 0; padding-top: 28px; }
-#examples-image .grid-container, #examples-second .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr));
-  height: auto; }
-#refining { align-items: end; }
-@media (max-width: 640px) { .cards { grid-template-columns: 1fr 1fr; gap: 8px; } .cards figure { padding: 8px; }
-  .scores dd { font-size: 0.95rem; } .maps span { display: none; } }
-"""
-# JavaScript: put the settings into the address bar and return the whole link; Gradio's own parameters (`__theme`) stay.
-FOLLOW = """(query) => {
-  const url = new URL(window.location), mine = new URLSearchParams(query);
-  for (const [key, value] of url.searchParams) if (key.startsWith("__")) mine.append(key, value);
-  url.search = mine;
-  window.history.replaceState(null, "", url);
-  return url.href;
-}"""
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 class LivePage:
@@ -149,8 +119,10 @@ class LivePage:
             show = {"fn": self._show, "inputs": given, "outputs": [cards, query, message], **alone}
             show["concurrency_id"] = "showing"
 
+            follow_link = (TEMPLATES / "follow.js").read_text(encoding="utf-8")
+
             def follow(event: Any) -> None:
-                event.then(None, query, link, js=FOLLOW, api_visibility="private")
+                event.then(None, query, link, js=follow_link, api_visibility="private")
 
             for chooser in (pick, other):
                 light = {"api_visibility": "private", "show_progress": "hidden"}
@@ -191,10 +163,10 @@ class LivePage:
         """
         page = self.build()
         page.queue(max_size=max_waiting, default_concurrency_limit=8)
-        fonts = {"font": FONTS, "font_mono": MONO}
+        fonts, css = {"font": FONTS, "font_mono": MONO}, (TEMPLATES / "live.css").read_text(encoding="utf-8")
         try:
             _, address, _ = page.launch(
-                server_name=host, server_port=port, theme=gr.themes.Default(primary_hue="blue", **fonts), css=CSS,
+                server_name=host, server_port=port, theme=gr.themes.Default(primary_hue="blue", **fonts), css=css,
                 max_file_size=max_megabytes * 10**6, prevent_thread_lock=True, quiet=True, share=False, inline=False,
                 ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False,
                 footer_links=[], show_error=True, strict_cors=True,
@@ -298,62 +270,32 @@ def _message(text: str) -> str:
     return f'<p class="message" role="alert">{escape(text)}</p>' if text else ""
 
 
-def _img(pixels: np.ndarray, text: str) -> str:
+def _png(pixels: np.ndarray) -> str:
+    """Return an image as a `data:` address."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(text, quote=True)}" src="data:image/png;base64,{data}">'
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _scores(view: LiveView) -> str:
-    parts = []
-    for name, value in view.scores.items():
-        metric = METRICS[name]
-        title = f"LPIPS ({view.lpips.net})" if name == "lpips" else metric.title
-        shown = "unavailable" if value is None else f"{value:.{2 if name == 'psnr' else 3}f}{metric.unit}"
-        parts.append(f"<div><dt>{title}</dt><dd>{shown}</dd></div>")
-    missing = "" if view.lpips.available else f'<p class="note">{escape(view.lpips.reason)}</p>'
-    return f'<dl class="scores">{"".join(parts)}</dl>{missing}'
-
-
-def _card(title: str, below: str, body: str) -> str:
-    return f"<figure><figcaption>{escape(title)}<small>{escape(below)}</small></figcaption>{body}</figure>"
-
-
-def _map(pixels: np.ndarray, text: str) -> str:
-    return f"<div>{_img(pixels, text)}<span>{escape(text)}</span></div>"
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["png"] = _png
+    return environment.get_template("live.html")
 
 
 def cards_html(views: Sequence[LiveView], state: LiveState) -> str:
     """Return HTML with a card for the original and one for each decoder's view."""
-    whole = (state.left, state.top_edge, state.right, state.bottom) == (0, 0, 100, 100)
-    box = "" if state.change == "none" or whole else _box(state)
-    first = f'<div style="position:relative">{_img(views[0].original, "The original")}{box}</div>'
-    scale = f"Below each reconstruction its error, from black to yellow at {100 * HEAT:g} % of the range."
-    parts = [_card("Original", "as the encoders see it", f'{first}<p class="note">{scale}</p>')]
-    for view in views:
-        maps = _map(view.error, "error")
-        if view.held is not None:
-            maps += _map(view.held, "what the change did")
-        notes = "".join(f'<p class="note">{escape(note)}</p>' for note in view.notes)
-        body = f'{_img(view.image, f"Rebuilt from {view.label}")}{_scores(view)}<div class="maps">{maps}</div>{notes}'
-        parts.append(_card(view.title, view.label, body))
-    return f'<div class="cards">{"".join(parts)}</div>'
-
-
-def _box(state: LiveState) -> str:
-    width, height = max(0, state.right - state.left), max(0, state.bottom - state.top_edge)
-    place = f"left:{state.left}%;top:{state.top_edge}%;width:{width}%;height:{height}%"
-    return f'<div style="position:absolute;{place};outline:2px solid #fff;box-shadow:0 0 0 4px #000"></div>'
+    place = {"left": state.left, "top": state.top_edge}
+    place |= {"width": max(0, state.right - state.left), "height": max(0, state.bottom - state.top_edge)}
+    whole = place == {"left": 0, "top": 0, "width": 100, "height": 100}
+    box = None if state.change == "none" or whole else place
+    return _template().render(views=views, box=box, heat=100 * HEAT, refined=None, metrics=METRICS)
 
 
 def refined_html(decoded: LiveView, refined: LiveView, step: int, steps: int) -> str:
     """Return HTML with cards for the decoder's reconstruction, the refined image so far, and the original."""
-    before = _img(decoded.image, "The decoder's answer") + _scores(decoded)
-    after = _img(refined.image, f"After pass {step}") + _scores(refined)
-    parts = [
-        _card(decoded.title, "the decoder's answer", before),
-        _card("Refined", f"pass {step} of {steps}", after),
-        _card("Original", "as the encoder sees it", _img(refined.original, "The original")),
-    ]
-    return f'<div class="cards">{"".join(parts)}</div>'
+    views = {"decoded": decoded, "refined": refined, "step": step, "steps": steps}
+    return _template().render(**views, metrics=METRICS)
