@@ -185,7 +185,12 @@ class JointRun:
                 if self.ranks.is_main_process:
                     decoder.save_best()
                 saved.append(decoder)
-        together(self._measure, saved, lambda decoder, error: self.context.fail(decoder.run, error))
+
+        def failed(decoder: DecoderTrainer, error: Exception) -> None:
+            if not decoder.failed:  # one whose training failed is measured too, by its best weights so far
+                self.context.fail(decoder.run, error)
+
+        together(self._measure, saved, failed)
 
     def _measure(self, decoders: list[DecoderTrainer]) -> None:
         weighted = [d for d in decoders if d.model.fusion is not None and d.model.fusion.has_weights]
