@@ -1,4 +1,4 @@
-"""What several commands share: options with their help texts, arguments that name runs, and output on the terminal."""
+"""Options with their help texts, arguments that name runs, and terminal output, as several commands share them."""
 
 from __future__ import annotations
 
