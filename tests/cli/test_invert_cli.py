@@ -170,8 +170,19 @@ def test_ones_own_images_through_several_layers(command, place):
     paths = write_images(place / "own", 2)
     output = place / "plain"
     layers = [SOURCE, "test_resnet.r160_in1k:layer2"]
-    options = ["--weights", "random", "--steps", 3]
-    code, out, err = command(*paths, *layers, *options, "--output-dir", output)
+    options = [
+        "--weights",
+        "random",
+        "--steps",
+        3,
+        "--method",
+        "pixels",
+        "--optimizer",
+        "adam",
+        "--jitter",
+        1,
+    ]
+    code, out, err = command(*paths, *layers, *options, "--starts", 2, "--output-dir", output)
     assert code == 0, err
     (row,) = read_json(output / "bounds.json")
     assert row["way"] == "inversion" and row["sources"] == " + ".join(layers) and row["images"] == 2
@@ -298,9 +309,11 @@ def test_ones_own_image_from_a_decoder(command, run, place):
         ((SOURCE,), "give images and layers"),
         ((SOURCE, "."), "a run's layers are its own; leave out"),
         ((__file__, SOURCE, "--data", "photographs"), "image files or --data, not both"),
+        ((SOURCE, "--data", "photographs", "--method", "waves"), "unknown inversion method"),
         ((SOURCE, "--data", "photographs", "--held-out", 4), "--held-out needs a RUN"),
         ((SOURCE, __file__, "--estimate-images", 4), "--estimate-images needs a RUN"),
         ((".", __file__, "--held-out", 4), "--held-out needs a RUN without image files"),
+        ((".", "--held-out", 4, "--optimizer", "adam"), "--held-out goes with --optimizer lbfgs"),
         ((SOURCE, __file__, "--max-images", 4), "--max-images limits"),
         (("nowhere",), "nowhere is no image file, no run folder and no MODEL:LAYER"),
     ],
@@ -318,6 +331,8 @@ def test_refining_starts_at_the_decoders_answer(run, place):
     assert (looks[-1].loss < looks[0].loss).all()
     features = reconstructor.encoders(images)[0]
     assert not features.requires_grad  # the encoder is back as it was
+    prior = Refinement(reconstructor, InvertConfig("prior", steps=1), None, seed=0)
+    assert list(prior(images))[-1].images.shape == images.shape
 
 
 def test_measuring_counts_the_search_alone(place):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,10 +41,24 @@ class Invert:
     """With MODEL:LAYER: crop size, 256, 256x384 (height x width), or native, the encoder's own (default: 224)."""
     max_images: int | None = None
     """With RUN or --data: limit the number of test images; the first are taken."""
+    method: str = "fourier"
+    """Parametrisation of the image: pixels, fourier or prior (a deep image prior)."""
+    optimizer: str = "lbfgs"
+    """Optimizer: lbfgs or adam."""
     steps: int = 200
     """Number of forward and backward passes through the encoder; the maximum when starting from a run's decoder."""
     held_out: int | None = None
     """With RUN: number of validation images to choose the number of passes on (default: 8); 0 takes --steps."""
+    learning_rate: float | None = None
+    """Learning rate of Adam, or size of L-BFGS's first step (default: the method's own)."""
+    starts: int = 1
+    """Number of starts for each image; the result whose features come nearest is kept."""
+    jitter: int = 0
+    """With --optimizer adam: largest random shift of the image before each pass, in pixels."""
+    tv: float = 0.0
+    """Weight of the total variation; 1 is the weight that Mahendran and Vedaldi propose."""
+    alpha_norm: float = 0.0
+    """Weight of the alpha-norm; 1 is the weight that Mahendran and Vedaldi propose."""
     precision: str = "32-true"
     """Number format: 32-true, or bf16-mixed to run the encoder in bfloat16 until its rounding matters."""
     estimate_images: int | None = None
@@ -67,7 +81,8 @@ class Invert:
 
         check_folder(self.output_dir, "--output-dir")
         check_range("seed", self.seed, 0, MAX_SEED)
-        method = InvertConfig(**given(self, "steps", "held_out", "precision"))
+        names = [field.name for field in fields(InvertConfig) if hasattr(self, field.name)]
+        method = InvertConfig(**given(self, *names))
         folders, files, sources = self._sort()
         device = device_name(self.device)
         with Display() as display:
@@ -93,6 +108,8 @@ class Invert:
                 raise AfterimageError(
                     f"{flag(name)} needs a RUN without image files: it takes the run's validation images"
                 )
+        if self.held_out and self.optimizer != "lbfgs":
+            raise AfterimageError("--held-out goes with --optimizer lbfgs; adam takes --steps")
         if files and self.max_images is not None:
             raise AfterimageError(
                 "--max-images limits the images of a RUN or of --data; name fewer image files"

@@ -1,14 +1,17 @@
-"""Settings of an inversion, and of its best estimate."""
+"""Settings of an inversion: parametrisation, optimizer and number of steps."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from afterimage.config.errors import (
+    MAX_BATCH,
     MAX_IMAGES,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
+    AfterimageError,
     check_choice,
     check_positive,
     check_range,
@@ -17,6 +20,10 @@ from afterimage.config.images import DataConfig
 from afterimage.config.names import absolute_weights
 from afterimage.config.schema import HashedConfig, folder_name
 
+METHODS = ("pixels", "fourier", "prior")
+"""Parametrisations of the image: its pixels, its Fourier coefficients, or an untrained network's weights."""
+OPTIMIZERS = ("adam", "lbfgs")
+"""Optimizers of the image."""
 INVERSION_PRECISIONS = ("32-true", "bf16-mixed")
 """Precisions of the encoder: float32, or bfloat16 for as long as its rounding does not matter."""
 
@@ -49,22 +56,53 @@ class InvertConfig:
     """An inversion's settings: the image itself is optimised until its features match the target's.
 
     Attributes:
-        steps: number of forward and backward passes through the encoder; the maximum when the search starts from a
-            decoder's answer
+        method: parametrisation of the image: `pixels`, `fourier` (decorrelated colours and frequencies) or `prior` (the
+            weights of an untrained network)
+        optimizer: `adam` or `lbfgs`
+        steps: number of forward and backward passes through the encoder, which cost the same with both optimizers; the
+            maximum when the search starts from a decoder's answer
         held_out: number of validation images on which the number of passes from a decoder's answer is chosen, for the
-            lowest LPIPS (the highest PSNR if LPIPS is unavailable); 0 takes `steps`
+            lowest LPIPS (the highest PSNR if LPIPS is unavailable); 0, or `adam`, takes `steps`
+        learning_rate: Adam's learning rate, or the size of L-BFGS's first step; None takes the method's own
+        starts: number of starts for each image; the result with the nearest features is kept
+        jitter: largest random shift of the image before each pass, in pixels; with Adam only
+        tv: weight of the total variation, 0 to leave it out
+        alpha_norm: weight of the alpha-norm of the pixels, 0 to leave it out
         precision: `32-true`, or `bf16-mixed` to run the encoder in bfloat16 until its rounding matters, and the best
             estimate's network as well
+        beta: exponent of the total variation
+        alpha: exponent of the alpha-norm
     """
 
+    method: str = "fourier"
+    optimizer: str = "lbfgs"
     steps: int = 200
     held_out: int = 8
+    learning_rate: float | None = None
+    starts: int = 1
+    jitter: int = 0
+    tv: float = 0.0
+    alpha_norm: float = 0.0
     precision: str = "32-true"
+    beta: float = 2.0
+    alpha: float = 6.0
 
     def __post_init__(self) -> None:
+        check_choice("inversion method", self.method, METHODS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("precision of an inversion", self.precision, INVERSION_PRECISIONS)
         check_positive(self, "steps", most=MAX_STEPS)
+        check_positive(self, "starts", most=MAX_BATCH)
+        check_positive(self, "beta", "alpha", "learning_rate")
         check_range("held_out", self.held_out, 0, MAX_IMAGES)
+        check_range("jitter", self.jitter, 0, MAX_SIDE)
+        for name in ("tv", "alpha_norm"):
+            if not 0 <= getattr(self, name) < math.inf:  # false for NaN too
+                raise AfterimageError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.jitter and self.optimizer == "lbfgs":
+            raise AfterimageError(
+                "jitter changes the objective from step to step, which L-BFGS cannot follow; use adam"
+            )
 
 
 @dataclass(frozen=True)

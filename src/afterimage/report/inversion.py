@@ -50,7 +50,7 @@ def _row(
         "psnr": scores["psnr"].mean, "ssim": scores["ssim"].mean, "lpips": lpips and lpips.mean,
         "lpips_net": found.lpips.net, "feature_loss": loss, "passes": passes,
         "seconds_per_image": round(seconds, 3), "images": scores["psnr"].count, "run": found.run.name,
-        "peak_passes": None, "peak_psnr": None,
+        "optimizer": found.config.inversion.optimizer, "peak_passes": None, "peak_psnr": None,
     }  # fmt: skip
 
 
@@ -227,7 +227,9 @@ def print_bounds(inversions: Sequence[Row]) -> None:
     for row in rows:
         passes, peak = row["peak_passes"], row["peak_psnr"]
         if peak is not None and peak - row["psnr"] >= PAST:
-            hint = f". --steps {passes} ends there" if passes else "; the start is the best there is"
+            hint = "" if passes else "; the start is the best there is"
+            if passes and row["optimizer"] == "lbfgs":  # Adam's learning rate depends on the number of steps
+                hint = f". --steps {passes} ends there"
             screen.print(
                 f"{named_features(row['sources'], row['weights'])}, {row['how']}: highest after {passes} passes, "
                 f"{peak:.2f} dB; later ones fit the features and lead away from the images, "

@@ -6,21 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float
 from torch import Tensor
 
+from afterimage.analysis.inversion.parametrizations import Spectrum, radii
 from afterimage.config import AfterimageError
 
 WHITENING_FLOOR = 1e-2
 """Share of the mean eigenvalue added to each, which bounds the weight of directions with hardly any error."""
 
-Spectrum = Float[Tensor, "radii 3 3"]
 Whitening = Float[Tensor, "channels channels"]
-COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.0, -0.05), (0.27, -0.09, 0.03))
-"""Square root of the colour covariance of natural images (Lucid, Olah et al. 2017).
-
-Rows are red, green and blue; columns are lightness, red-blue and green-purple.
-"""
 
 
 @dataclass(frozen=True)
@@ -86,16 +81,3 @@ def _inverse_root(covariance: Whitening) -> Whitening:
     values = values.clamp_min(0)
     scales = (values + WHITENING_FLOOR * values.mean() + 1e-20).rsqrt()
     return (vectors * scales) @ vectors.T
-
-
-def radii(size: tuple[int, int]) -> Int[Tensor, "height half"]:
-    """Return the number of cycles along the longer side, rounded, for each frequency of `rfft2`."""
-    height, width = size
-    down, right = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
-    return (down.square() + right.square()).sqrt().mul(max(size)).round().long()
-
-
-def natural_spectrum(size: tuple[int, int]) -> Spectrum:
-    """Return square roots of the colour covariance of natural images by radius; amplitudes fall with 1/f."""
-    amplitude = 1 / torch.arange(int(radii(size).max()) + 1).clamp_min(1)
-    return amplitude[:, None, None] * torch.tensor(COLOURS)

@@ -13,21 +13,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.analysis.inversion.decoder_errors import DecoderErrors, Spectrum, natural_spectrum, radii
-from afterimage.analysis.inversion.objective import FeaturesOf, Objective
+from afterimage.analysis.inversion.batched_lbfgs import LBFGS
+from afterimage.analysis.inversion.decoder_errors import DecoderErrors
+from afterimage.analysis.inversion.objective import GREY, FeaturesOf, Objective
+from afterimage.analysis.inversion.parametrizations import PARAMETRISATIONS, Parametrisation
 from afterimage.config import AfterimageError
 from afterimage.config.inversion import InvertConfig
 from afterimage.runtime.terminal import Progress, silent
 
 Images = Float[Tensor, "batch 3 height width"]
 
-GREY, NOISE = 0.5, 0.01
-"""Mean and standard deviation of a start without a decoder: without the noise grey would have no gradient."""
-FIRST_STEP = 0.02
-"""Root mean square of the first step, for each parameter."""
-ARMIJO = 1e-4
-SHORTEST = 1e-6
-MEMORY = 10
+NOISE = 0.01
+"""Standard deviation of the noise added to a start, so that starts differ and grey has a gradient."""
+FINAL = 0.02
+"""Share of the learning rate at which Adam's cosine schedule ends."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,11 @@ def search(
             handles each image independently of the others
         targets: the feature maps of the images to find, `(B, ...)` each
         size: height and width of the images in pixels
-        start: images in [0, 1] to start from; None for grey with a little noise
+        start: images in [0, 1] to start from; with several starts, all but the first add noise to them
         method: settings of the search
-        errors: statistics of the start's errors, if it is a decoder's reconstruction; None for those of natural
-            images, and plain features
-        seed: seed of the noise
+        errors: statistics of the start's errors, if it is a decoder's reconstruction: `fourier` uses those of
+            colours and frequencies, every method those of features
+        seed: seed of the noise, of the jitter and of `prior`
         progress: called with the number of passes and the mean feature distance
         milestones: numbers of passes after which to yield; None for `curve_steps`
 
@@ -86,47 +85,32 @@ def search(
         AfterimageError: shapes do not match, or a loss is not finite
     """
     config = method or InvertConfig()
-    shape = (len(targets[0]), 3, *size)
-    if start is None:
-        generator = torch.Generator().manual_seed(seed)
-        noise = NOISE * torch.randn(1, *shape[1:], generator=generator)
-        start = (GREY + noise).clamp(0, 1).expand(shape).contiguous()
-    form = Fourier(start.detach().clamp(0, 1).to(targets[0].device), errors and errors.spectrum)
-    mixed = config.precision == "bf16-mixed"
-    objective = Objective(features_of, targets, errors and errors.whitening, mixed=mixed)
-    searches = [LBFGS(row, first=FIRST_STEP) for row in form.initial.flatten(1)]
+    targets = list(targets)
+    if not targets or len({len(target) for target in targets}) != 1:
+        raise AfterimageError("targets must be one feature map or more, all of the same number of images")
+    count, device = len(targets[0]), targets[0].device
+    if start is not None and tuple(start.shape) != (count, 3, *size):
+        raise AfterimageError(f"the start must have shape {(count, 3, *size)}, got {tuple(start.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    begin = _starts(start, (count, 3, *size), config.starts, generator).to(device)
+    objective = Objective(
+        features_of,
+        [target.repeat(config.starts, *[1] * (target.ndim - 1)) for target in targets],
+        config,
+        errors and errors.whitening,
+    )
+    form = PARAMETRISATIONS[config.method](begin, seed, errors and errors.spectrum)
     milestones = {0, *(curve_steps(config.steps) if milestones is None else milestones), config.steps}
-    best: Images | None = None
-    seconds, lap = 0.0, time.monotonic()
-    for step in range(config.steps + 1):
-        # Each pass evaluates every image at the trial point of its own search.
-        parameters = torch.stack([search.trial for search in searches]).view_as(form.initial)
-        images = form.images(parameters.requires_grad_())
-        loss, distance = objective(images)
-
-        # Keep the best image by the objective.
-        found, value = images.detach(), loss.detach()
-        if best is None:
-            if not torch.isfinite(value).all():
-                raise AfterimageError(
-                    "the features of the start are not finite, or overflow when they are compared"
-                )
-            best, lowest, nearest = found.clone(), value, distance
-        elif torch.isnan(value).all():
-            raise AfterimageError(f"the loss is not finite after {step} steps")
-        better = value < lowest
-        best[better] = found[better]
-        lowest, nearest = torch.where(better, value, lowest), torch.where(better, distance, nearest)
-        progress("inverting", step, config.steps, feature_distance=lambda near=nearest: float(near.mean()))
+    best, seconds, lap = _Best(count, config.starts), 0.0, time.monotonic()
+    for step, (images, loss, distance) in enumerate(
+        OPTIMIZERS[config.optimizer](form, objective, config, generator)
+    ):
+        best.take(images, loss, distance, step)
+        progress("inverting", step, config.steps, feature_distance=lambda: float(best.chosen()[1].mean()))
         if step in milestones:
             seconds += time.monotonic() - lap
-            yield Inversion(best.clamp(0, 1), nearest, seconds, step)
+            yield Inversion(*best.chosen(), seconds, step)
             lap = time.monotonic()
-
-        if step < config.steps:
-            (gradient,) = torch.autograd.grad(loss.sum(), parameters)
-            for search, one, row in zip(searches, loss.tolist(), gradient.flatten(1), strict=True):
-                search.tell(one, row)
 
 
 def invert(*arguments: Any, **options: Any) -> Inversion:
@@ -135,102 +119,86 @@ def invert(*arguments: Any, **options: Any) -> Inversion:
     return result
 
 
-class Fourier:
-    """Images as a start plus a correction, whose parameters are amplitudes of frequencies in decorrelated colours.
-
-    Each is scaled by the root of its expected power. Without a `spectrum` the expectation is that of natural images,
-    amplitudes of 1/f, as in Olah, Mordvintsev & Schubert (2017), "Feature Visualization". With one (see
-    `DecoderErrors`) it is that of the errors of the start's decoder. L-BFGS from 0 then approaches, if the encoder is
-    linear, the mean of a Gaussian posterior: whatever the features do not determine takes the value expected from what
-    they do.
-
-    Values may leave [0, 1] during the search and are clamped at its end: a clamp during the search would give L-BFGS
-    gradients of a different objective, and it would go astray.
-
-    Attributes:
-        initial: parameters of the start itself, one row for each image
-    """
-
-    def __init__(self, start: Images, spectrum: Spectrum | None = None) -> None:
-        self.start, size = start, tuple(start.shape[-2:])
-        roots = (natural_spectrum(size) if spectrum is None else spectrum)[radii(size)]
-        # Normalised, so that parameters of size 1 give corrections of size 1 for any scale of the spectrum.
-        roots = roots / roots.square().sum((-2, -1)).mean().div(3).sqrt()
-        self.roots = roots.to(start.device, torch.complex64)
-        self.initial = torch.zeros(len(start), 3, *roots.shape[:2], 2, device=start.device)
-
-    def images(self, parameters: Tensor) -> Images:
-        """Return the images of parameters."""
-        spectrum = torch.einsum("hwij,bjhw->bihw", self.roots, torch.view_as_complex(parameters))
-        return self.start + torch.fft.irfft2(spectrum, s=self.start.shape[-2:], norm="ortho")
+def _starts(start: Tensor | None, shape: tuple[int, ...], count: int, generator: torch.Generator) -> Tensor:
+    """Return all starts, `(count * B, 3, H, W)`, start by start; every image gets the same noise."""
+    begin = torch.full(shape, GREY) if start is None else start.detach().cpu().float()
+    noise = NOISE * torch.randn(count, 1, *shape[1:], generator=generator)
+    if start is not None:
+        noise[0] = 0
+    return (begin + noise).clamp(0, 1).flatten(0, 1)
 
 
-class LBFGS:
-    """Limited-memory BFGS of one image (Nocedal & Wright 2006, algorithm 7.4), as a dialogue.
+def _adam(
+    form: Parametrisation, objective: Objective, config: InvertConfig, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Optimise with Adam; yield images, losses and feature distances of the start and after every step."""
+    parameters = form.initial.requires_grad_()
+    rate = config.learning_rate or form.learning_rate
+    optimizer = torch.optim.Adam([parameters], rate, betas=(0.9, 0.99))
+    for step in range(config.steps + 1):
+        shift = torch.randint(-config.jitter, config.jitter + 1, (2,), generator=generator).tolist()
+        images = form.images(parameters)
+        loss, distance = objective(images, tuple(shift))
+        yield images.detach(), loss.detach(), distance
+        if step < config.steps:
+            share = FINAL + (1 - FINAL) * (1 + math.cos(math.pi * step / config.steps)) / 2
+            optimizer.param_groups[0]["lr"] = rate * share
+            (parameters.grad,) = torch.autograd.grad(loss.sum(), parameters)
+            optimizer.step()
 
-    Evaluate at `trial`, `tell` what came out, evaluate at the next `trial`. Steps backtrack with quadratic
-    interpolation until the loss has fallen enough (Armijo, 1e-4). A pair without positive curvature is left out of
-    the memory. `torch.optim.LBFGS` would search along one line for the whole batch, and so let each image
-    depend on its mates; here each searches along its own, and every pass serves all of them.
 
-    The first step has a root mean square of `first` a parameter.
-    """
+def _lbfgs(
+    form: Parametrisation, objective: Objective, config: InvertConfig, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Do the same with L-BFGS; each pass evaluates every image at the trial point of its own search."""
+    initial = form.initial
+    first = config.learning_rate or form.learning_rate
+    searches = [LBFGS(row, first=first) for row in initial.flatten(1)]
+    for step in range(config.steps + 1):
+        parameters = torch.stack([search.trial for search in searches]).view_as(initial).requires_grad_()
+        images = form.images(parameters)
+        loss, distance = objective(images)
+        yield images.detach(), loss.detach(), distance
+        if step < config.steps:
+            (gradient,) = torch.autograd.grad(loss.sum(), parameters)
+            for search, value, row in zip(searches, loss.tolist(), gradient.flatten(1), strict=True):
+                search.tell(value, row)
 
-    def __init__(self, point: Tensor, *, first: float) -> None:
-        self.point = self.trial = point
-        self.first = first
-        self.loss = math.inf
-        self._pairs: list[tuple[Tensor, Tensor, float]] = []
-        self._length = 1.0
 
-    def tell(self, loss: float, gradient: Tensor) -> None:
-        """Take in the loss and the gradient at `trial`."""
-        if math.isinf(self.loss):
-            self.loss, self.gradient = loss, gradient
-            return self._search()
-        if loss <= self.loss + ARMIJO * self._length * self._slope:  # false for a loss that is not a number
-            moved, bent = self.trial - self.point, gradient - self.gradient
-            curvature = float(moved.dot(bent))
-            if curvature > 1e-10 * float(moved.norm() * bent.norm()):
-                self._pairs = [*self._pairs[1 - MEMORY :], (moved, bent, curvature)]
-            self.point, self.loss, self.gradient = self.trial, loss, gradient
-            return self._search()
-        self._shorten(loss)
+OPTIMIZERS = {"adam": _adam, "lbfgs": _lbfgs}
 
-    def _search(self) -> None:
-        """Choose a new direction from the point reached."""
-        self._direction = self._newton()
-        self._slope = float(self._direction.dot(self.gradient))
-        if self._slope >= 0:  # rounding has eaten the curvature
-            self._pairs, self._direction = [], -self.gradient
-            self._slope = -float(self.gradient.dot(self.gradient))
-        norm = float(self._direction.norm())
-        self._length = 1.0 if self._pairs else self.first * math.sqrt(self.point.numel()) / max(norm, 1e-30)
-        self._shortest = SHORTEST * self._length
-        self.trial = self.point + self._length * self._direction
 
-    def _shorten(self, loss: float) -> None:
-        excess = loss - self.loss - self._length * self._slope
-        guess = -self._slope * self._length**2 / (2 * excess) if math.isfinite(excess) and excess > 0 else 0.0
-        self._length = min(max(guess, 0.1 * self._length), 0.5 * self._length)
-        if self._length < self._shortest and self._pairs:
-            self._pairs = []
-            return self._search()
-        self.trial = self.point + self._length * self._direction
+class _Best:
+    """Best image of every start by the objective, and best start of every image by the feature distance."""
 
-    def _newton(self) -> Tensor:
-        """Minus the inverse Hessian's estimate times the gradient, by two loops over the remembered pairs."""
-        direction, shares = -self.gradient, []
-        # In place: a vector of an image's parameters is large enough that a new one costs more than its arithmetic.
-        for moved, bent, curvature in reversed(self._pairs):
-            shares.append(float(moved.dot(direction)) / curvature)
-            direction.sub_(bent, alpha=shares[-1])
-        if self._pairs:
-            _, bent, curvature = self._pairs[-1]
-            direction.mul_(curvature / float(bent.dot(bent)))
-        for (moved, bent, curvature), share in zip(self._pairs, reversed(shares), strict=True):
-            direction.add_(moved, alpha=share - float(bent.dot(direction)) / curvature)
-        return direction
+    def __init__(self, count: int, starts: int) -> None:
+        self.count, self.starts = count, starts
+        self.images = self.loss = self.distance = None
+
+    def take(self, images: Tensor, loss: Tensor, distance: Tensor, step: int) -> None:
+        if self.images is None:
+            if not torch.isfinite(loss).all():
+                raise AfterimageError(
+                    "the features of the start are not finite, or overflow when they are compared"
+                )
+            self.images, self.loss, self.distance = images.clone(), loss.clone(), distance.clone()
+            return
+        better = loss < self.loss
+        self.images[better] = images[better]
+        self.loss = torch.where(better, loss, self.loss)
+        self.distance = torch.where(better, distance, self.distance)
+        if torch.isnan(loss).all():
+            raise AfterimageError(
+                f"the loss is not finite after {step} steps; a lower learning_rate may help"
+            )
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """Return `(images, feature distance)` of each image's best start."""
+        distance = self.distance.view(self.starts, self.count)
+        pick = distance.argmin(0)
+        images = self.images.view(self.starts, self.count, *self.images.shape[1:])
+        rows = torch.arange(self.count, device=pick.device)
+        return images[pick, rows].clamp(0, 1), distance[pick, rows].clone()
 
 
 @torch.no_grad()

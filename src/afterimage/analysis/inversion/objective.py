@@ -1,4 +1,4 @@
-"""The objective of a search: the distance of an image's features to the targets."""
+"""The objective of a search: the distance of an image's features to the targets, and the regularisers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from afterimage.config import AfterimageError
+from afterimage.config.inversion import InvertConfig
 
 Images = Float[Tensor, "batch 3 height width"]
 PerImage = Float[Tensor, " batch"]
 FeaturesOf = Callable[[Images], Sequence[Tensor]]
 
+GREY, RANGE = 0.5, 0.5
+"""Images lie in `GREY` ± `RANGE`: the paper's mean image and its B."""
 ROUNDING = 30.0
 """bfloat16 serves while the loss is this many times what its rounding makes: gradients are then right to a fifth.
 
 More costs seconds and gives no better image in the same time (docs/LOG.md, what searches cost)."""
+STEP = 0.01
+"""The paper's a: neighbouring pixels differ by about this share of the range."""
 MATRIX = 2**25
 """Largest number of attention weights of a batch for `ShortAttention`; larger ones are left to PyTorch's kernel."""
 
@@ -39,13 +44,37 @@ def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> P
     return torch.stack(distances).mean(0)
 
 
+def alpha_norm(images: Images, alpha: float = 6.0) -> PerImage:
+    """Compute `sum |x / B|^alpha / (H W)` of images around grey, which keeps values in range.
+
+    Mahendran & Vedaldi 2015, `R_alpha = |x|_alpha^alpha` (section 3) at the weight that the paper proposes,
+    `sigma^alpha / (H W B^alpha)`; sigma cancels against the paper's images of unit norm.
+    """
+    height, width = images.shape[-2:]
+    return ((images - GREY) / RANGE).abs().pow(alpha).flatten(1).sum(1) / (height * width)
+
+
+def total_variation(images: Images, beta: float = 2.0) -> PerImage:
+    """Compute `sum (dx^2 + dy^2)^(beta/2) / (H W (a B)^beta)` from forward differences inside the image.
+
+    Mahendran & Vedaldi 2015, equation 3 with the weight that goes with it, `sigma^beta / (H W (a B)^beta)`.
+    """
+    height, width = images.shape[-2:]
+    down = F.pad(images.diff(dim=-2), (0, 0, 0, 1))
+    right = F.pad(images.diff(dim=-1), (0, 1))
+    square = down.square() + right.square()
+    # The root of 0 has no gradient; at beta = 2 there is no root.
+    terms = square if beta == 2 else (square + 1e-12).pow(beta / 2)
+    return terms.flatten(1).sum(1) / (height * width * (STEP * RANGE) ** beta)
+
+
 class Objective:
     """The loss of each image, and how far its features alone are off: `(loss, distance)`, both `(B,)`.
 
     With the `whitening` of a decoder's errors the loss is the mean square of the whitened differences, 1 for an
     error as large as the decoder's, instead of the distance.
 
-    If `mixed`, the encoder runs in bfloat16 for an image whose loss is well above what the rounding alone makes
+    In `bf16-mixed` the encoder runs in bfloat16 for an image whose loss is well above what the rounding alone makes
     (measured at the start), and in float32 from there on, so that the answer is not limited by it.
 
     Raises `AfterimageError` where targets and features differ in number or shape, or targets are not finite.
@@ -55,23 +84,28 @@ class Objective:
         self,
         features_of: FeaturesOf,
         targets: Sequence[Tensor],
+        config: InvertConfig,
         whitening: Sequence[Tensor] | None = None,
-        *,
-        mixed: bool = False,
     ) -> None:
-        self.features_of, self.whitening, self._mixed = features_of, whitening, mixed
+        self.features_of, self.config, self.whitening = features_of, config, whitening
         self.targets = [target.detach() for target in targets]
         for i, target in enumerate(self.targets):
             if not torch.isfinite(target).all():
                 raise AfterimageError(f"target {i + 1} holds values that are not finite")
+        self._mixed = config.precision == "bf16-mixed"
         self._rounding: Tensor | None = None
 
-    def __call__(self, images: Images) -> tuple[PerImage, PerImage]:
-        features = self._features(images)
+    def __call__(self, images: Images, shift: tuple[int, int] = (0, 0)) -> tuple[PerImage, PerImage]:
+        seen = images.roll(shift, (-2, -1)) if any(shift) else images
+        features = self._features(seen)
         distance = feature_distance(features, self.targets)
-        loss = distance if self.whitening is None else self._whitened(features, self.targets)
+        loss = fit = distance if self.whitening is None else self._whitened(features, self.targets)
+        if self.config.tv:
+            loss = loss + self.config.tv * total_variation(images, self.config.beta)
+        if self.config.alpha_norm:
+            loss = loss + self.config.alpha_norm * alpha_norm(images, self.config.alpha)
         if self._rounding is not None:
-            self._coarse &= (loss > ROUNDING * self._rounding).detach()
+            self._coarse &= (fit > ROUNDING * self._rounding).detach()
         return loss, distance.detach()
 
     def _features(self, images: Images) -> list[Tensor]:

@@ -203,7 +203,7 @@ def _from_decoder(
     refinement = Refinement(reconstructor, method, errors, seed)
     made_for = _made_for(encoders, run.name, start["start_sha256"], given, metrics)
     aside = folders["refined"].path / "validation"
-    if method.held_out and validation is not None:
+    if method.held_out and validation is not None and method.optimizer == "lbfgs":
         if "refined" in missing:
             batches, lpips = Batches(aside, [made_for, method.steps]), metrics.lpips_status
             steps = choose_passes(refinement, validation, batches, metrics, device, progress)
