@@ -47,8 +47,8 @@ class Audit:
     data: shared.Images = ""
     test: shared.TestImages = ""
     defences: tuple[str, ...] = ()
-    """Defences to try: none, noise:SCALE, int8, int4, 1bit, topk:FRACTION, pca:D, drop:FRACTION, pool:SIZE, or several
-    joined by +."""
+    """Defences to try: none, noise:SCALE, int8, int4, 1bit, topk:FRACTION, pca:D, drop:FRACTION, pool:SIZE, shuffle, or
+    several joined by +."""
     decoders: tuple[str, ...] = ()
     """Decoders that attackers train, such as linear, residual or attention."""
     attacker_images: tuple[str, ...] = ()

@@ -266,7 +266,7 @@ def test_a_wrong_defence_is_told_before_anything_is_trained(cache, tmp_path):
 
 
 def test_audits_repeat(cache, tmp_path):
-    config = settings("Classifier", "stem", "noise:0.5", "drop:0.5")
+    config = settings("Classifier", "stem", "noise:0.5", "shuffle")
     rows = [audited(config, tmp_path / str(i), cache)[0].rows for i in range(2)]
     for first, second in zip(*rows, strict=True):
         assert first.scores == second.scores and first.identification == second.identification
@@ -287,6 +287,15 @@ def test_an_attacker_with_the_weights_gets_at_least_as_much(defence, cache, tmp_
     assert attacker_text(refined.attacker).endswith("white-box, refined")
     again, _ = audited(settings("Classifier", "stem", defence, attackers=attackers), tmp_path, cache)
     assert again.rows == results.rows
+
+
+def test_shuffled_features_are_not_refined_and_that_is_said(cache, tmp_path):
+    attackers = Decoded(threat_models=("white-box",), refine_steps=2, refine_images=2)
+    results, verdict = audited(
+        settings("Classifier", "stem", "shuffle", attackers=attackers), tmp_path, cache
+    )
+    assert results.rows == [] and any("not refined" in note for note in results.notes)
+    assert verdict.options == () and "nothing" in verdict.reason
 
 
 def test_the_best_of_an_attackers_answers_counts_and_is_named(cache, tmp_path):

@@ -263,6 +263,13 @@ def test_undefended_features_that_tell_nothing_are_doubted():
     )
 
 
+def test_shuffled_features_are_not_recommended():
+    rows = [row("a", "shuffle+int8", 0.1, 0.01), row("a", "none", 0.2, 0.02)]
+    costs = {("a", "shuffle+int8"): cost(1.0), ("a", "none"): cost(0.9)}
+    verdict = judge(rows, [], costs, LimitsConfig(0.35, 0.05))
+    assert verdict.passed is True and verdict.recommended.defence == "none" and "jigsaw" in verdict.remarks[0]
+
+
 @pytest.mark.parametrize("utility", [0.7, None])
 def test_the_curve_shows_every_option(utility):
     costs = {key: cost(utility, 100 * (i + 1)) for i, key in enumerate(COSTS)}

@@ -159,7 +159,19 @@ def test_what_is_pooled_lies_where_its_squares_do(size, rows, columns):
     torch.testing.assert_close(back[..., 1:7], ramp[..., 1:7])
 
 
-PARTS = ["noise:0.5", "int8", "int4", "1bit", "topk:0.2", "pca:3", "drop:0.5", "pool:2"]
+def test_a_shuffle_is_a_permutation_of_places_of_each_image():
+    spec = FeatureSpec("model:layer", 2, 4, 5)
+    places = torch.arange(20.0).view(1, 1, 4, 5).expand(8, 2, 4, 5)
+    defence = fitted("shuffle", places, spec)
+    defence.reseed(3)
+    result = defence(places).flatten(2)
+    assert torch.equal(result.sort(2).values, places.flatten(2))
+    assert torch.equal(result[:, 0], result[:, 1]), "all channels of a place move together"
+    assert len({tuple(row.tolist()) for row in result[:, 0]}) == 8, "every image has its own order"
+    assert not defence.preserves_positions and fitted("noise:1").preserves_positions
+
+
+PARTS = ["noise:0.5", "int8", "int4", "1bit", "topk:0.2", "pca:3", "drop:0.5", "pool:2", "shuffle"]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +230,7 @@ def test_the_stronger_the_further_from_the_features(strength):
     ("text", "message"),
     [
         ("", "unknown defence ''"),
-        ("blur", "unknown defence 'blur'.*noise:SCALE.*pool:SIZE"),
+        ("blur", "unknown defence 'blur'.*noise:SCALE.*shuffle"),
         ("int", "unknown defence 'int'"),
         ("int1", "int1 is out of range.*1bit"),
         ("int40", "int40 is out of range"),

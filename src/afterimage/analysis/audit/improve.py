@@ -47,6 +47,12 @@ def improve(loader: FeatureLoader, decoder: DecoderTrainer, conditions: Sequence
     """
     session, first = loader.context.session, conditions[0]
     attackers, white_box = session.config.attackers, first.threat_model == WHITE_BOX
+    if white_box and not loader.encoders.defences[decoder.feature_indices[0]].preserves_positions:
+        session.note(
+            f"{first.layer}, {first.defence}: not refined, since a shuffled order leaves nothing to compare "
+            "features with place by place; an attacker may find a way"
+        )
+        return
     with session.ending(first.label, conditions):
         for condition in conditions:
             session.begin(condition)

@@ -189,12 +189,14 @@ def _worst(measured: Iterable[tuple[AttackFacts, Mapping[str, Interval]]], limit
 
 
 def _recommend(options: Sequence[Option], limits: LimitsConfig) -> tuple[Option | None, str]:
-    if not options:
+    unshuffled = [option for option in options if "shuffle" not in option.defence]
+    if not unshuffled:
         return None, "nothing that can be recommended was measured"
-    least = min(options, key=lambda o: (o.identification.high, o.ssim.high))
-    least_text = f"{least.layer} with {least.defence} leaks least"
-    safe = [option for option in options if option.status == WITHIN]
-    known = [option for option in (safe if limits else options) if option.utility is not None]
+    least = min(unshuffled, key=lambda o: (o.identification.high, o.ssim.high))
+    aside = ", shuffled features aside" if len(unshuffled) < len(options) else ""
+    least_text = f"{least.layer} with {least.defence} leaks least{aside}"
+    safe = [option for option in unshuffled if option.status == WITHIN]
+    known = [option for option in (safe if limits else unshuffled) if option.utility is not None]
     keeps = f"{ENOUGH:.0%} of the network's own answers"
     if not limits:
         enough = [option for option in known if option.utility >= ENOUGH and option.status == WITHIN]
@@ -253,4 +255,9 @@ def _remarks(
                 f"{row.layer}, undefended: {attacker_text(row.attacker)} got no more than one without features; "
                 "are these the features of these images?"
             )
+    if any("shuffle" in row.defence for row in rows):
+        remarks.append(
+            "no attacker here puts shuffled places back in order, though that is known to be possible (as a jigsaw "
+            "puzzle is solved): shuffled features are measured, but not recommended"
+        )
     return remarks

@@ -17,6 +17,7 @@ from afterimage.analysis.audit.defences.parts import (
     Part,
     Pool,
     Quantise,
+    Shuffle,
     TopK,
     Wire,
 )
@@ -24,6 +25,7 @@ from afterimage.config import AfterimageError, FeatureSpec, unknown
 
 DEFENCES: dict[str, type[Part]] = {
     "noise": Noise, "int": Quantise, "1bit": OneBit, "topk": TopK, "pca": PCA, "drop": Drop, "pool": Pool,
+    "shuffle": Shuffle,
 }  # fmt: skip
 """Parts of defences by name; `int` is written with its bits, as in `int8`."""
 
@@ -50,8 +52,13 @@ class Defence(nn.Module):
             wire = part.wire(wire)
         self.plain_bytes, self.sent_bytes = plain.bytes, wire.bytes
 
+    @property
+    def preserves_positions(self) -> bool:
+        """True if sent features stay at their locations in the map."""
+        return all(part.preserves_positions for part in self.parts)
+
     def reseed(self, seed: int) -> None:
-        """Draw noise from generators with a fixed seed from now on.
+        """Draw noise and random orders from generators with a fixed seed from now on.
 
         Only for experiments, since anyone with the seed can undo the defence.
         """
@@ -72,7 +79,7 @@ class Defence(nn.Module):
 
         Args:
             maps: the features `(B, C, h, w)`
-            random: whether to add noise
+            random: whether to apply random parts: noise and shuffling
         """
         if not self.fitted:
             raise AfterimageError(f"the defence {self.name} has to be fitted on features before it can run")

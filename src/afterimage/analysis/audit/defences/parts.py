@@ -1,4 +1,4 @@
-"""Parts of defences: noise, few bits, and fewer values, directions, channels or locations."""
+"""Parts of defences: noise, shuffled locations, few bits, and fewer values, directions, channels or locations."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ class Part(nn.Module):
     """True if the part needs `learn` before it can run."""
     is_random = False
     """True if `encode` draws random numbers on every call, which the receiver cannot repeat."""
+    preserves_positions = True
+    """True if sent features stay at their locations in the map."""
     context: ClassVar[tuple[str, ...]] = ()
     """Names of further arguments of the constructor, out of `seed` and `image_size`."""
 
@@ -106,6 +108,24 @@ class Noise(Part):
 
     def wire(self, wire: Wire) -> Wire:
         return Wire(self.spec.values)
+
+
+class Shuffle(Part):
+    """Random order of the locations, new for each image; the channels of a location stay together.
+
+    `decode` does not undo it, since the order is not stored. It hardly affects networks that ignore
+    positions.
+    """
+
+    usage = "shuffle"
+    is_random = True
+    preserves_positions = False
+
+    def encode(self, maps: Map) -> Map:
+        batch, _, height, width = maps.shape
+        keys = torch.rand(batch, height * width, generator=self.generator)
+        order = keys.argsort(1).to(maps.device)[:, None].expand(-1, maps.shape[1], -1)
+        return maps.flatten(2).gather(2, order).view_as(maps)
 
 
 class Quantise(Part):
