@@ -369,7 +369,7 @@ def test_interrupting_says_how_to_go_on(command, monkeypatch, photographs):
 
 def test_a_layer_needs_no_run(command, photographs, tmp_path, monkeypatch):
     """A decoder is fitted on the spot, and kept for the same weights, layer, images and settings."""
-    import afterimage.experiments.inference as inference
+    from afterimage.experiments import fit
 
     image, output = photographs / "00.png", tmp_path / "00.reconstruction.png"
     given = ["--weights", "random", "--lpips", "squeeze", "--device", "cpu"]
@@ -382,14 +382,14 @@ def test_a_layer_needs_no_run(command, photographs, tmp_path, monkeypatch):
         assert made.size == (160 + 8 + 160, 160)
         assert made.text["Decoder"].startswith(told) and str(tmp_path) not in made.text["Decoder"]
         first = np.array(made)
-    trained, train_runs = [], inference.train_runs
+    trained, train_runs = [], fit.train_runs
 
     def spy(config, *arguments, **options):
         (run,) = train_runs(config, *arguments, **options)
         trained.append(run.path)
         return [run]
 
-    monkeypatch.setattr(inference, "train_runs", spy)
+    monkeypatch.setattr(fit, "train_runs", spy)
     folder = tmp_path / "cache" / "fitted"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("decoder.safetensors")}
     assert len(before) == 1 and command("reconstruct", image, f"{MODEL}:layer1", *here)[0] == 0
@@ -406,12 +406,12 @@ def test_a_layer_needs_no_run(command, photographs, tmp_path, monkeypatch):
 
 
 def test_what_is_no_image_and_no_layer_is_told_before_anything_is_fitted(command, tmp_path, monkeypatch):
-    import afterimage.experiments.inference as inference
+    from afterimage.experiments import fit
 
     def fitted(*_, **__):
         raise AssertionError("it should have ended before")
 
-    monkeypatch.setattr(inference, "train_runs", fitted)
+    monkeypatch.setattr(fit, "train_runs", fitted)
     (tmp_path / "text.jpg").write_text("no image, whatever its name says")
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
     given = ["--weights", "random", "--device", "cpu"]

@@ -154,6 +154,30 @@ def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place
     assert curves[0] == curves[1]
 
 
+def test_an_inversion_of_another_decoder_or_other_images_is_made_again(command, place, tmp_path):
+    """Folders are named by settings: runs of other networks or images in the same files have the same names."""
+    small = ["--max-images", 2, "--steps", 2, "--output-dir", tmp_path / "inversions"]
+    write_images(tmp_path / "images", 20)
+    data = DataConfig(f"folder:{tmp_path}/images", resize=36, crop=32)
+    config = RunConfig((SOURCE,), "random-init", decoder=DecoderConfig("linear"), data=data)
+    (first,) = train_runs(config, tmp_path / "a", cache=place / "cache", accelerator="cpu")
+    assert command(first.path, *small)[0] == 0
+    folders = {run.path: run.result for run in scan(tmp_path / "inversions")}
+    code, _, err = command(first.path, *small)
+    assert code == 0 and "made again" not in err
+    assert {run.path: run.result for run in scan(tmp_path / "inversions")} == folders
+
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "images" / "more.png")
+    (second,) = train_runs(config, tmp_path / "b", cache=place / "cache", accelerator="cpu")
+    assert second.path.name == first.path.name
+    code, _, err = command(second.path, *small)
+    assert code == 0 and "was made from another decoder and other images: it is made again" in err
+    again = {run.path: run.result for run in scan(tmp_path / "inversions")}
+    assert again.keys() == folders.keys() and all(again[path] != folders[path] for path in folders)
+    code, _, err = command(second.path, *small)
+    assert code == 0 and "made again" not in err
+
+
 def test_the_table_of_a_folder_holds_all_its_inversions(command, run, place):
     output = run.path.parent  # a decoder's run folder beside them is none
     options = (run.path, "--max-images", 2, "--refine-only", "--output-dir", output)

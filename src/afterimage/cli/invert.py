@@ -148,7 +148,7 @@ class Invert:
     def _plain(
         self, method: InvertConfig, files: list[Path], sources: list[str], device: str, progress: object
     ) -> Run:
-        from afterimage.analysis.inversion.run import invert_sources
+        from afterimage.analysis.inversion.run import invert_sources, is_current
         from afterimage.evaluation.metrics import Metrics
         from afterimage.models.encoders.providers import at_native_size
         from afterimage.models.reconstructor import MultiEncoder
@@ -161,7 +161,8 @@ class Invert:
         encoders = MultiEncoder(sources, weights=where, image_size=size, seed=self.seed).to(device)
         config = InversionConfig(encoders.sources, where, "", method, inputs.config, self.seed, lpips)
         folder = Run.create(self.output_dir, config)
-        if folder.state != "done":
+        used = encoders.weights_of(encoders.sources)
+        if not is_current(folder, None, used, inputs.facts, progress=progress):
             metrics = Metrics(lpips, size=min(size))
             search = {"metrics": metrics, "seed": self.seed, "device": device, "progress": progress}
             invert_sources(folder, encoders, method, inputs, **search)

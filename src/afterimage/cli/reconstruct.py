@@ -72,7 +72,7 @@ class Reconstruct:
     def _fitted(self, layers: list[str], images: list[Path]) -> list[Run]:
         """Fit a decoder for each layer, after checking that all image files can be read."""
         from afterimage.data.decode import load_image
-        from afterimage.experiments.inference import fit_run
+        from afterimage.experiments.fit import fit_run
 
         for image in images:
             load_image(image)

@@ -17,7 +17,7 @@ from torch import Tensor
 from afterimage.config import AfterimageError, DataConfig, listed
 from afterimage.data.decode import BadImage, cover, examine, load_image, size_notes, value_notes
 from afterimage.data.duplicates import NAMES, check_copies, near_duplicates
-from afterimage.data.images import Data, ImageSet, StreamedImages, _digest
+from afterimage.data.images import Data, ImageSet, StreamedImages, content_digest, crops_digest
 from afterimage.data.pixel_cache import cached
 from afterimage.data.records import Content, FileDigests, Original, broken_images
 from afterimage.data.sampling import centre_places, fitting_sides, shuffled, split
@@ -64,7 +64,7 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
     found += _examined(dict(zip(NAMES, images, strict=True)), config.resize)
     _warn(found)
     notes = check_copies([part for listing in listings for part in listing.parts], images) + found
-    data = Data(config, *images, _digest(config, images))
+    data = Data(config, *images, content_digest(config, [part.content for part in images]))
     near = near_duplicates(data, folder)
     _warn(near)
     return replace(data, notes=(*notes, *near))
@@ -105,6 +105,27 @@ def count_images(config: DataConfig, *, cache: str | Path | None = None) -> dict
     """
     parts = [part for listing in _listings(config, cache_folder(cache), silent) for part in listing.parts]
     return {name: len(part) for name, part in zip(SPLITS, parts, strict=True)}
+
+
+def current_digests(
+    config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent
+) -> tuple[str, str]:
+    """Return `Data.digest` and `Data.test_digest` of the images that `load_data` would load, without decoding them.
+
+    The arguments are those of `load_data`.
+
+    Raises:
+        AfterimageError: images are missing or too few, or their files cannot be read
+    """
+    folder, contents = cache_folder(cache), []
+    for listing in _listings(config, folder, progress):
+        originals = [original for part in listing.parts for original in part]
+        digests, _, unreadable = _looked_at(originals, listing.root, config, folder, progress)
+        if unreadable:
+            raise broken_images(list(unreadable.values()))
+        names = iter(digest.tobytes().hex() for digest in digests)
+        contents += [[next(names) for _ in part] for part in listing.parts]
+    return content_digest(config, contents), crops_digest(config, contents[-1])
 
 
 class _Listing(NamedTuple):

@@ -13,7 +13,7 @@ from jaxtyping import Int64, UInt16
 from PIL import Image
 
 from afterimage.config import AfterimageError, listed, shown
-from afterimage.data.images import Data, ImageSet, _digest
+from afterimage.data.images import Data, ImageSet, content_digest
 from afterimage.data.records import Original
 from afterimage.runs.files import read_json, write_json
 
@@ -133,7 +133,7 @@ def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
     if any(part.streamed for part in (data.train, data.validation, data.test)):
         return ["near-duplicates of test images were not looked for, since images are streamed"]
     parts = (data.train, data.validation, data.test)
-    named = f"{_digest(data.config, parts)}-{BITS}-{DIFFERENCE:g}.json"
+    named = f"{content_digest(data.config, [part.content for part in parts])}-{BITS}-{DIFFERENCE:g}.json"
     path = None if cache is None else cache / "near-duplicates" / named
     pairs = None if path is None or not path.exists() else _stored(path, data)
     if pairs is None:

@@ -321,7 +321,7 @@ class Data:
     @property
     def test_digest(self) -> str:
         """Digest of the test images and their crops; runs with equal test digests can be compared."""
-        return hashlib.sha256(f"{_digest(self.config, [self.test])} {self.config.crop}".encode()).hexdigest()
+        return crops_digest(self.config, self.test.content)
 
     def describe(self) -> DataFacts:
         """Return the facts about the images that a run's result records."""
@@ -338,13 +338,18 @@ class Data:
         )
 
 
-def _digest(config: DataConfig, images: Sequence[ImageSet]) -> str:
+def content_digest(config: DataConfig, parts: Sequence[Sequence[str]]) -> str:
     """Compute the SHA-256 of the JSON list of decoder version, size and the contents of each part, piece by piece."""
     digest = hashlib.sha256(f"[{DIGEST_VERSION}, {size_text(config.box)}".encode())
-    for part in images:
+    for contents in parts:
         digest.update(b", [")
-        for number, content in enumerate(part.content):
+        for number, content in enumerate(contents):
             digest.update(f'{", " if number else ""}"{content}"'.encode())
         digest.update(b"]")
     digest.update(b"]")
     return digest.hexdigest()
+
+
+def crops_digest(config: DataConfig, contents: Sequence[str]) -> str:
+    """Compute the SHA-256 of test images, given by their contents, and of their crops."""
+    return hashlib.sha256(f"{content_digest(config, [contents])} {config.crop}".encode()).hexdigest()

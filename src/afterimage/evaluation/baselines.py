@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from afterimage.config import AfterimageError, BaselineConfig, DataConfig, listed, unknown
-from afterimage.data.dataset import load_data
+from afterimage.data.dataset import current_digests, load_data
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import (
     Evaluation,
@@ -80,7 +80,9 @@ def run_baselines(
     keep: int = 8,
     failures: list[AfterimageError] | None = None,
 ) -> list[Run]:
-    """Measure baselines on the test images, each in a run folder of its own; finished ones are not repeated.
+    """Measure baselines on the test images, each in a run folder of its own.
+
+    Finished ones are repeated only if the test images have changed, or if the LPIPS that is asked for is new.
 
     Args:
         names: names of the baselines; None for all of `BASELINES` but thumbnails that are not smaller than the images
@@ -115,17 +117,31 @@ def run_baselines(
                 record(runs[name], error)
             let_go(error)
 
+    metrics = Metrics(lpips, size=min(data.size))
+    try:
+        test_digest = current_digests(data, cache=cache)[1]
+    except AfterimageError:  # raised again below if a baseline needs the images
+        test_digest = ""
+
+    def is_current(run: Run) -> bool:
+        if run.state != "done":
+            return False
+        before = run.result
+        if test_digest not in ("", before.data.test_digest):
+            return False
+        same = (before.lpips.net, before.lpips.available) == (lpips, True)
+        return same or not (test_digest and metrics.lpips_status.available)
+
     with contextlib.ExitStack() as stack:
         missing = []
         for name in names:
             with recorded(name):
-                if runs[name].state != "done":
+                if not is_current(runs[name]):
                     stack.enter_context(held(runs[name].path, lambda text: progress(text, 1, 1)))
-                    if runs[name].state != "done":
+                    if not is_current(runs[name]):
                         missing.append(name)
         if missing:
             with recorded(*missing):
-                metrics = Metrics(lpips, size=min(data.size))
                 loaded = load_data(data, cache=cache, progress=progress)
 
                 def measure(which: list[str]) -> None:

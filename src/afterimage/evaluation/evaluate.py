@@ -49,6 +49,7 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: Progress = silent,
     keep: int = 0,
+    seen: Box | None = None,
 ) -> Evaluation:
     """Measure how well images are reconstructed.
 
@@ -61,6 +62,7 @@ def evaluate(
         device: device of the images; by default the module's, else the CPU
         progress: called with the name of the task, the number of images measured, and the total
         keep: number of images that are returned with their reconstructions, as uint8
+        seen: part of the images on which they are also measured separately; None for no part
 
     Raises:
         AfterimageError: as `evaluate_together`.
@@ -73,7 +75,8 @@ def evaluate(
         batches = reconstructions(
             lambda images: [reconstruct(images)], image_set, batch_size=batch_size, device=device
         )
-        (result,) = evaluate_together(batches, image_set.ids, metrics, progress=progress, keep=keep)
+        options = {"progress": progress, "keep": keep, "seen": [seen]}
+        (result,) = evaluate_together(batches, image_set.ids, metrics, **options)
     return result
 
 

@@ -1,12 +1,10 @@
-"""Use of finished runs, and of runs fitted on demand: measurement on any images, reconstruction of image files."""
+"""Use of finished runs: what has changed since, measurement on any images, reconstruction of image files."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,67 +12,125 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afterimage.config import NATIVE, DataConfig, DecoderConfig, RunConfig
-from afterimage.data.dataset import cache_folder, load_data, load_test, prepare_image
-from afterimage.evaluation.evaluate import Evaluation, evaluate, to_uint8
+from afterimage.config import AfterimageError, RunConfig, dump_toml, listed
+from afterimage.data.dataset import current_digests, load_data, load_test, prepare_image
+from afterimage.evaluation.evaluate import SEEN, Box, Evaluation, evaluate, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics
-from afterimage.experiments.queue import train_runs
-from afterimage.models.encoders.providers import at_native_size, resolve
-from afterimage.models.reconstructor import MultiEncoder
-from afterimage.runs.files import write_image
+from afterimage.models.decoders import decoder_digest
+from afterimage.models.decoders.canvas import seen_box
+from afterimage.models.encoders.providers import open_network
+from afterimage.models.weight_files import load_decoder
+from afterimage.runs.files import write_atomic, write_image
+from afterimage.runs.lock import held
+from afterimage.runs.results import CONFIG, write_result
 from afterimage.runs.run import Run
+from afterimage.runtime.device import one_device
 from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
 
-FITTED = "linear"
-"""Name of the decoder that is fitted on demand, in closed form, within seconds."""
-FIT_LIMITS = {"limit_train": 256, "limit_validation": 64, "limit_test": 16}
-"""Limits of the images that fit this decoder, choose its ridge and score it, so that the wait stays short."""
+logger = logging.getLogger("afterimage")
 
 
-def fit_run(
-    source: str,
-    data: str,
-    *,
-    weights: str = "pretrained",
-    lpips: str = "alex",
-    cache: Path | None = None,
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> Run:
-    """Fit a decoder to one layer on demand, or return the run of an earlier, identical fit.
-
-    The run folder lies in the cache, in a folder named after a digest of the encoder's weights, the images and the
-    package version. Images have the encoder's native size.
+def changes_since(run: Run, *, cache: Path | None = None) -> list[str]:
+    """Return what a finished decoder was made from that is different now: images, and weights of its encoders.
 
     Args:
-        source: `model:layer`
-        data: source of the images, limited by `FIT_LIMITS`; decoders of procedural images are scored on photographs
-        weights: `pretrained`, a file or folder of weights, or a random control
-        lpips: LPIPS network of the scores
-        cache: folder of decoded images and of these runs; None for the default
-        device: device of the computations
-        progress: callback for progress and messages, see `Progress`
-
-    Returns:
-        the finished run
+        run: the run
+        cache: folder of digests; None for the default
 
     Raises:
-        AfterimageError: the model, layer or source is unknown, or weights or images are not available
+        AfterimageError: images or weights are not available, or a decoder from outside this package has other code
     """
-    source = resolve(source)
-    drawn = data.partition(":")[0] == "procedural"
-    named = DataConfig(data, test="photographs" if drawn else "", **FIT_LIMITS)
-    images = at_native_size(named.sized(NATIVE), [source])
-    config = RunConfig((source,), weights, decoder=DecoderConfig(FITTED), data=images, lpips=lpips)
-    # An unknown layer raises before any image is read.
-    encoder = MultiEncoder(config.sources, weights=weights, image_size=images.size, seed=config.seed)
-    digest = load_data(images, cache=cache, progress=progress).digest
-    made_of = [encoder.weight_digests(config.sources), digest, metadata.version("afterimage")]
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    root = cache_folder(cache) / "fitted" / key[:16]
-    (run,) = train_runs(config, root, cache=cache, accelerator=device, progress=progress)
-    return run
+    result = run.result
+    config, then = result.config, result.data
+    if code := decoder_digest(config.decoder.name):
+        load_decoder(run.file("decoder.safetensors"), {"code": code})
+    now, _ = current_digests(config.data, cache=cache)
+    changes = [] if now == then.digest else [f"images (digest {then.digest[:12]} then, {now[:12]} now)"]
+    for before in result.weights:
+        if not before.is_random and config.features is None:
+            used = open_network(before.model).find_weights(config.weights).used
+            if used.identity != before.identity:
+                changes.append(
+                    f"weights of {before.model} (digest {before.sha256[:12]} then, {used.sha256[:12]} now)"
+                )
+    return changes
+
+
+def review_finished(
+    runs: Mapping[Run, RunConfig],
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+) -> None:
+    """Warn of finished runs that would come out differently now, and measure the LPIPS that others lack.
+
+    Args:
+        runs: the runs, each with the configuration that was asked for now
+        cache, accelerator, progress: as for `queue.train_runs`
+    """
+    unknown: dict[str, list[str]] = {}
+    for run, config in runs.items():
+        try:
+            lpips = run.result.lpips
+            if changes := changes_since(run, cache=cache):
+                logger.warning(
+                    "%s was made from other %s: its scores are those of then. To train it again, remove its folder or "
+                    "choose another --output-dir",
+                    run.name,
+                    " and ".join(changes),
+                )
+            elif (lpips.net, lpips.available) != (config.lpips, True):
+                measure_lpips(run, config.lpips, cache=cache, accelerator=accelerator, progress=progress)
+        except AfterimageError as error:
+            unknown.setdefault(str(error), []).append(run.name)
+    for error, names in unknown.items():
+        logger.warning("whether %s would come out the same now is not known: %s", listed(names), error)
+
+
+def measure_lpips(
+    run: Run,
+    net: str,
+    *,
+    cache: Path | None = None,
+    accelerator: str = "auto",
+    progress: Progress = silent,
+) -> bool:
+    """Measure a finished run's LPIPS with another network, and store it in the run's folder; other scores stay.
+
+    Args:
+        run: the run
+        net: `alex`, `vgg` or `squeeze`
+        cache, accelerator, progress: as for `queue.train_runs`
+
+    Returns:
+        False if the network's weights are not available; nothing is changed then
+
+    Raises:
+        AfterimageError: the run's images or weights are not available, or its folder cannot be written
+    """
+    metrics = Metrics(net, size=min(run.config.data.size))
+    if not metrics.lpips_status.available:
+        return False
+    progress(f"{run.name}: LPIPS ({net}) is measured", 1, 1)
+    with held(run.path, lambda text: progress(text, 1, 1)):
+        result = run.result
+        box = seen_box([layer.spec for layer in result.features], result.config.data.size)
+        device = one_device(accelerator).device
+        found = evaluate_run(run, metrics, seen=box, cache=cache, device=device, progress=progress)
+        rows = [
+            row | {name: value for name, value in new.items() if name.startswith("lpips")}
+            for row, new in zip(result.per_image, found.rows, strict=True)
+        ]
+        scores = {**result.scores, "lpips": summarise(rows)["lpips"]}
+        seen = result.scores_seen and {**result.scores_seen, "lpips": summarise(rows, SEEN)["lpips"]}
+        changed = replace(
+            result, lpips=metrics.lpips_status, scores=scores, scores_seen=seen, per_image=tuple(rows)
+        )
+        write_atomic(run.file(CONFIG), dump_toml(replace(result.config, lpips=net)))
+        write_result(run.path, changed)
+    return True
 
 
 def evaluate_run(
@@ -84,7 +140,8 @@ def evaluate_run(
     test: str | None = None,
     weights: str | None = None,
     cache: Path | None = None,
-    device: str = "cpu",
+    seen: Box | None = None,
+    device: str | torch.device = "cpu",
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure a finished run's decoder on test images, in the precision of its training, as its own scores were.
@@ -98,6 +155,7 @@ def evaluate_run(
         test: source of the test images; None for the run's own
         weights: file or folder of the encoders' weights; None for the run's own setting
         cache, progress: as for `queue.train_runs`
+        seen: part of the images on which they are also measured separately; None for no part
         device: device of the computations
 
     Raises:
@@ -116,7 +174,7 @@ def evaluate_run(
         images, _ = load_test(data, cache=cache, progress=progress)
     else:
         images = load_data(data, cache=cache, progress=progress).test
-    return evaluate(reconstruct, images, metrics, device=device, progress=progress)
+    return evaluate(reconstruct, images, metrics, seen=seen, device=device, progress=progress)
 
 
 def reconstruct_in(

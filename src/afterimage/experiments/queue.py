@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, DataConfig, RunConfig, listed
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
+from afterimage.experiments.inference import review_finished
 from afterimage.experiments.joint_run import JointRun, StudyContext
 from afterimage.models.encoders.providers import open_network
 from afterimage.runs.lock import POLL, Lock
@@ -76,6 +77,9 @@ def train_runs(
         progress = of_caller(progress) if ranks.is_main_process else silent
         claims = RunQueue(lambda text: progress(text, 1, 1), ranks)
         runs = claims.open(configs, root)
+        with ranks.raise_on_all_ranks():
+            if ranks.is_main_process:
+                review_finished(claims.finished, cache=cache, accelerator=accelerator, progress=progress)
         worker = _Worker(claims, cache, accelerator, progress, keep, checkpoint_seconds)
         with ranks.raise_on_all_ranks(), graceful_shutdown(ignore_second_signal=ranks.count > 1) as stop:
             worker.work(stop, wait=left is None)
@@ -139,6 +143,7 @@ class RunQueue:
         failures: errors of runs that have failed, here or in another process
         locks: lock of each folder that this process has tried to lock
         elsewhere: runs that another process was found training
+        finished: runs that were done when the queue was opened; known to the main process only
     """
 
     log: Callable[[str], None]
@@ -147,6 +152,7 @@ class RunQueue:
     failures: list[AfterimageError] = field(default_factory=list)
     locks: dict[Run, Lock] = field(default_factory=dict)
     elsewhere: set[Run] = field(default_factory=set)
+    finished: dict[Run, RunConfig] = field(default_factory=dict)
 
     def open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
         """Create the run folders, and add the runs that are not done to `waiting`.
@@ -162,6 +168,7 @@ class RunQueue:
                     if Run.create(root, config).state == "done":
                         self.log(f"{config.name} is done already, nothing to do")
                         _tidy(run)
+                        self.finished[run] = config
                     else:
                         self.waiting[run] = config
             return self.heard([Run(Path(root) / config.name) for config in configs])

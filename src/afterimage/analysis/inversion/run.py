@@ -49,7 +49,7 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.models.reconstructor import Encoders, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.files import sha256, write_csv, write_image
-from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result
+from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result, UsedWeights
 from afterimage.runs.run import Run, environment
 from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
@@ -123,7 +123,8 @@ def invert_run(
 ) -> list[Run]:
     """Refine the reconstructions of a finished run until their features are those of the originals.
 
-    Each kind of answer becomes a run folder below `root`; folders that are done are left alone. The decoder's
+    Each kind of answer becomes a run folder below `root`; those that are done are left alone, unless they were made
+    from another decoder, other weights or other images of the same names. The decoder's
     errors are learned from the first half of the validation images, at most `HELD_OUT`; the others serve to
     choose the number of passes and to learn the best estimates.
 
@@ -156,7 +157,13 @@ def invert_run(
     if plain:
         configs.append(InversionConfig(sources, where, "", method, **common))
     folders = {config.answer: Run.create(root, config) for config in configs}
-    missing = {answer: folder for answer, folder in folders.items() if folder.state != "done"}
+    missing = {
+        answer: folder
+        for answer, folder in folders.items()
+        if not (
+            run.has_result and is_current(folder, run, run.result.weights, given.facts, progress=progress)
+        )
+    }
     if not missing:
         return list(folders.values())
     reconstructor = load_reconstructor(run, weights=where).to(device)
@@ -167,6 +174,41 @@ def invert_run(
     if folder := missing.get("inversion"):
         invert_sources(folder, reconstructor.encoders, method, given, seed=seed, **options)
     return list(folders.values())
+
+
+def is_current(
+    folder: Run,
+    start: Run | None,
+    weights: Sequence[UsedWeights],
+    data: DataFacts,
+    *,
+    progress: Progress = silent,
+) -> bool:
+    """Return whether an inversion is done, and was made from the same decoder, weights and images as would be now.
+
+    Args:
+        folder: the inversion's run folder
+        start: run of the decoder, which an inversion from grey does not read
+        weights: weights of the encoders
+        data: facts about the images
+        progress: callback that is told why a finished inversion is made again
+    """
+    if folder.state != "done":
+        return False
+    result = folder.result
+    before = {used.model: used.identity for used in result.weights}
+    differs = {
+        "decoder": bool(result.inversion.start)
+        and result.inversion.start_sha256 != sha256(start.file("decoder.safetensors")),
+        "weights of the encoder": any(
+            before.get(used.model, used.identity) != used.identity for used in weights
+        ),
+        "images": result.data.digest != data.digest,
+    }
+    changed = [name for name, different in differs.items() if different]
+    if changed:
+        progress(f"{folder.name} was made from another {' and other '.join(changed)}: it is made again", 1, 1)
+    return not changed
 
 
 def _from_decoder(

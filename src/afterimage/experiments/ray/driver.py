@@ -11,6 +11,7 @@ from typing import Any
 
 from afterimage.config import AfterimageError, RunConfig, shown
 from afterimage.config.study import StudyConfig
+from afterimage.experiments.inference import review_finished
 from afterimage.experiments.queue import RunQueue, groups, report_failures
 from afterimage.experiments.ray import worker
 from afterimage.experiments.ray.cluster import Lost, Tasks, connect, group_bytes, share_machines
@@ -62,6 +63,7 @@ def train_on_ray(
     queue = RunQueue(lambda text: progress(text, 1, 1))
     root = Path(root).resolve()
     runs = queue.open(configs, root)
+    review_finished(queue.finished, cache=cache, accelerator=accelerator, progress=progress)
     if queue.waiting:
         options = {
             "cache": cache and Path(cache).resolve(),
