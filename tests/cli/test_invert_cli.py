@@ -2,6 +2,7 @@ import contextlib
 import csv
 import functools
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -171,11 +172,24 @@ def test_an_inversion_of_another_decoder_or_other_images_is_made_again(command, 
     (second,) = train_runs(config, tmp_path / "b", cache=place / "cache", accelerator="cpu")
     assert second.path.name == first.path.name
     code, _, err = command(second.path, *small)
-    assert code == 0 and "was made from another decoder and other images: it is made again" in err
+    assert code == 0 and "was made with another decoder and other images: it is made again" in err
     again = {run.path: run.result for run in scan(tmp_path / "inversions")}
     assert again.keys() == folders.keys() and all(again[path] != folders[path] for path in folders)
     code, _, err = command(second.path, *small)
     assert code == 0 and "made again" not in err
+
+
+def test_all_images_of_a_source_are_inverted(command, run, tmp_path):
+    """Inversion from grey needs no other images, and a run's own limit is that of its own images."""
+    write_images(tmp_path / "images", 12)
+    here = ["--data", f"folder:{tmp_path}/images", "--steps", 1, "--output-dir", tmp_path / "out"]
+    assert command(SOURCE, *here, "--weights", "random-init", "--size", 32)[0] == 0
+    (made,) = scan(tmp_path / "out")
+    assert made.result.data.test_images == len(made.result.per_image) == 12
+    limited = replace(run.config, data=replace(run.config.data, limit_test=2))
+    (few,) = train_runs(limited, tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
+    assert command(few.path, "--refine-only", *here)[0] == 0
+    assert {len(made.result.per_image) for made in scan(tmp_path / "out")} == {12}
 
 
 def test_the_table_of_a_folder_holds_all_its_inversions(command, run, place):

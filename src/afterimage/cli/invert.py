@@ -17,7 +17,7 @@ from afterimage.runs.run import Run, check_folder, scan
 from afterimage.runtime.terminal import Display, say
 
 if TYPE_CHECKING:
-    from afterimage.analysis.inversion.run import InversionInputs
+    pass
 
 
 @dataclass(frozen=True)
@@ -121,24 +121,22 @@ class Invert:
             )
         return folders, files, sources
 
-    def _inputs(self, files: list[Path], data: DataConfig, progress: object) -> InversionInputs:
-        from afterimage.analysis.inversion.run import from_data, from_files
-
-        if files:
-            return from_files(files, resize=data.resize, crop=data.crop)
-        return from_data(data, cache=self.cache, progress=progress)
-
     def _refine(
         self, paths: list[Path], method: InvertConfig, files: list[Path], device: str, progress: object
     ) -> list[Run]:
-        from afterimage.analysis.inversion.run import invert_run
+        from afterimage.analysis.inversion.run import from_data, from_files, invert_run
 
         folders = []
         estimate = None if files else EstimateConfig(**given(self, images="estimate_images"))
         for path in paths:
             run = Run.open(path)
-            data = replace(run.config.data, **given(self, test="data", limit_test="max_images"))
-            inputs = self._inputs(files, data, progress)
+            data = run.config.data
+            if files:
+                inputs = from_files(files, resize=data.resize, crop=data.crop)
+            else:
+                own = {"test": self.data, "limit_test": self.max_images} if self.data else {}
+                data = replace(data, **own or given(self, limit_test="max_images"))
+                inputs = from_data(data, cache=self.cache, progress=progress)
             folders += invert_run(
                 run, self.output_dir, method, inputs, plain=not self.refine_only, estimate=estimate,
                 weights=self.weights, seed=self.seed, lpips=self.lpips, device=device, progress=progress,
@@ -148,22 +146,25 @@ class Invert:
     def _plain(
         self, method: InvertConfig, files: list[Path], sources: list[str], device: str, progress: object
     ) -> Run:
-        from afterimage.analysis.inversion.run import invert_sources, is_current
+        from afterimage.analysis.inversion.run import from_files, from_source, invert_sources, is_current
         from afterimage.evaluation.metrics import Metrics
         from afterimage.models.encoders.providers import at_native_size
         from afterimage.models.reconstructor import MultiEncoder
 
-        data = DataConfig(source=self.data or "photographs", limit_test=self.max_images).asked(self.size)
-        data = at_native_size(data, sources)
-        inputs = self._inputs(files, data, progress)
+        named = self.data or "photographs"
+        data = at_native_size(DataConfig(named, named, limit_test=self.max_images).asked(self.size), sources)
+        if files:
+            inputs = from_files(files, resize=data.resize, crop=data.crop)
+        else:
+            inputs = from_source(data, cache=self.cache, progress=progress)
         lpips = self.lpips or LPIPS_NETS[0]
         where, size = self.weights or "pretrained", inputs.config.size
         encoders = MultiEncoder(sources, weights=where, image_size=size, seed=self.seed).to(device)
         config = InversionConfig(encoders.sources, where, "", method, inputs.config, self.seed, lpips)
         folder = Run.create(self.output_dir, config)
         used = encoders.weights_of(encoders.sources)
-        if not is_current(folder, None, used, inputs.facts, progress=progress):
-            metrics = Metrics(lpips, size=min(size))
+        metrics = Metrics(lpips, size=min(size))
+        if not is_current(folder, None, used, inputs.facts, metrics.lpips_status, progress=progress):
             search = {"metrics": metrics, "seed": self.seed, "device": device, "progress": progress}
             invert_sources(folder, encoders, method, inputs, **search)
         return folder

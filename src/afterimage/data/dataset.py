@@ -71,12 +71,17 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
 
 
 def load_test(
-    config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent
+    config: DataConfig,
+    *,
+    training: bool = True,
+    cache: str | Path | None = None,
+    progress: Progress = silent,
 ) -> tuple[ImageSet, list[str]]:
     """Load the test images of a config whose `test` names a separate source, and notes on them.
 
-    The training images may be missing: a note then says that they could not be searched for copies of test images. The
-    arguments are those of `load_data`.
+    The training images may be missing: a note then says that they could not be searched for copies of test images.
+    With `training` unset they are not looked at, for measurements without training. The other arguments are those of
+    `load_data`.
 
     Raises:
         AfterimageError: test images are missing or broken, or one is also a training or validation image
@@ -85,6 +90,9 @@ def load_test(
     own = _test_listing(config, folder, progress)
     (test,) = _images(own, config, folder, progress)
     notes = own.notes + _examined({NAMES[2]: test}, config.resize)
+    if not training:
+        _warn(notes)
+        return test, notes
     try:
         others = _training_listing(config, folder, progress)
         images = _images(others, config, folder, progress)

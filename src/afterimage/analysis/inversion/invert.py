@@ -31,7 +31,7 @@ FINAL = 0.02
 
 @dataclass(frozen=True)
 class Inversion:
-    """Best images of a search so far, in [0, 1], and their relative feature distance.
+    """Best images of a search so far, in [0, 1], and the relative feature distance of these very images.
 
     `seconds` is the time that the whole batch took, and `step` the number of passes.
     """
@@ -78,8 +78,8 @@ def search(
 
     Yields:
         the start, the best images after each milestone, and at last the result: the best images found, or the start
-            where nothing was better. They are clamped only here, `loss` belongs to the images before. An image's
-            result depends on `seed` but not on the other images of the batch
+            where nothing was better. They are clamped only here, and `loss` is measured on the clamped images, in
+            float32 and without jitter. An image's result depends on `seed` but not on the other images of the batch
 
     Raises:
         AfterimageError: shapes do not match, or a loss is not finite
@@ -106,10 +106,10 @@ def search(
         OPTIMIZERS[config.optimizer](form, objective, config, generator)
     ):
         best.take(images, loss, distance, step)
-        progress("inverting", step, config.steps, feature_distance=lambda: float(best.chosen()[1].mean()))
+        progress("inverting", step, config.steps, feature_distance=best.distance_so_far)
         if step in milestones:
             seconds += time.monotonic() - lap
-            yield Inversion(*best.chosen(), seconds, step)
+            yield Inversion(*best.measured(objective), seconds, step)
             lap = time.monotonic()
 
 
@@ -192,13 +192,16 @@ class _Best:
                 f"the loss is not finite after {step} steps; a lower learning_rate may help"
             )
 
-    def chosen(self) -> tuple[Tensor, Tensor]:
-        """Return `(images, feature distance)` of each image's best start."""
-        distance = self.distance.view(self.starts, self.count)
-        pick = distance.argmin(0)
-        images = self.images.view(self.starts, self.count, *self.images.shape[1:])
-        rows = torch.arange(self.count, device=pick.device)
-        return images[pick, rows].clamp(0, 1), distance[pick, rows].clone()
+    def distance_so_far(self) -> float:
+        """Return the mean feature distance of each image's best start, as the search itself measures it."""
+        return float(self.distance.view(self.starts, self.count).amin(0).mean())
+
+    def measured(self, objective: Objective) -> tuple[Tensor, Tensor]:
+        """Return the images in [0, 1] of each image's best start, and their feature distance."""
+        images = self.images.clamp(0, 1)
+        distance = objective.distance(images).view(self.starts, self.count)
+        pick, rows = distance.argmin(0), torch.arange(self.count, device=distance.device)
+        return images.unflatten(0, (self.starts, self.count))[pick, rows], distance[pick, rows]
 
 
 @torch.no_grad()

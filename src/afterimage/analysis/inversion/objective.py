@@ -108,6 +108,11 @@ class Objective:
             self._coarse &= (fit > ROUNDING * self._rounding).detach()
         return loss, distance.detach()
 
+    @torch.no_grad()
+    def distance(self, images: Images) -> PerImage:
+        """Return the feature distance of images, in float32."""
+        return feature_distance(self._exact(images), self.targets)
+
     def _features(self, images: Images) -> list[Tensor]:
         """Return float32 feature maps of `images`, computed in bfloat16 where that is exact enough."""
         if self._mixed and self._rounding is None:

@@ -42,14 +42,14 @@ from afterimage.config.inversion import (
     error_images,
     other_images,
 )
-from afterimage.data.dataset import file_notes, load_data, prepare_image
-from afterimage.data.images import ImageSet
+from afterimage.data.dataset import file_notes, load_data, load_test, prepare_image
+from afterimage.data.images import ImageSet, crops_digest
 from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.reconstructor import Encoders, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.files import sha256, write_csv, write_image
-from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, Result, UsedWeights
+from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, LpipsStatus, Result, UsedWeights
 from afterimage.runs.run import Run, environment
 from afterimage.runtime.terminal import Progress, silent
 from afterimage.training.checkpoint import load_reconstructor
@@ -75,6 +75,21 @@ def from_data(
     """Return the test and validation images of a data configuration; raise the errors of `load_data`."""
     data = load_data(config, cache=cache, progress=progress)
     return InversionInputs(data.test, config, data.describe(), data.notes, data.validation)
+
+
+def from_source(
+    config: DataConfig, *, cache: Path | None = None, progress: Progress = silent
+) -> InversionInputs:
+    """Return the images of the source `config.test`, for inversions from grey, which are trained on no images.
+
+    These are its test split or, if it has none, all its images; errors are those of `load_test`.
+    """
+    images, notes = load_test(config, training=False, cache=cache, progress=progress)
+    digest = crops_digest(config, images.content)
+    facts = DataFacts(
+        config.source, config.test, digest, digest, len(images), config.resize, config.crop
+    )  # fmt: skip
+    return InversionInputs(images, config, facts, tuple(notes))
 
 
 def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int | str = 224) -> InversionInputs:
@@ -157,17 +172,16 @@ def invert_run(
     if plain:
         configs.append(InversionConfig(sources, where, "", method, **common))
     folders = {config.answer: Run.create(root, config) for config in configs}
+    metrics = Metrics(lpips, size=min(given.config.size))
+    now = given.facts, metrics.lpips_status
     missing = {
         answer: folder
         for answer, folder in folders.items()
-        if not (
-            run.has_result and is_current(folder, run, run.result.weights, given.facts, progress=progress)
-        )
+        if not (run.has_result and is_current(folder, run, run.result.weights, *now, progress=progress))
     }
     if not missing:
         return list(folders.values())
     reconstructor = load_reconstructor(run, weights=where).to(device)
-    metrics = Metrics(lpips, size=min(given.config.size))
     options: dict[str, Any] = {"metrics": metrics, "device": device, "progress": progress}
     if missing.keys() & {"refined", "estimate"}:
         _from_decoder(run, folders, missing, reconstructor, method, given, estimate, seed, **options)
@@ -181,6 +195,7 @@ def is_current(
     start: Run | None,
     weights: Sequence[UsedWeights],
     data: DataFacts,
+    lpips: LpipsStatus,
     *,
     progress: Progress = silent,
 ) -> bool:
@@ -191,6 +206,7 @@ def is_current(
         start: run of the decoder, which an inversion from grey does not read
         weights: weights of the encoders
         data: facts about the images
+        lpips: LPIPS of the scores; one that is unavailable makes nothing again
         progress: callback that is told why a finished inversion is made again
     """
     if folder.state != "done":
@@ -198,16 +214,18 @@ def is_current(
     result = folder.result
     before = {used.model: used.identity for used in result.weights}
     differs = {
-        "decoder": bool(result.inversion.start)
+        "another decoder": bool(result.inversion.start)
         and result.inversion.start_sha256 != sha256(start.file("decoder.safetensors")),
-        "weights of the encoder": any(
+        "other weights of the encoder": any(
             before.get(used.model, used.identity) != used.identity for used in weights
         ),
-        "images": result.data.digest != data.digest,
+        "other images": result.data.digest != data.digest,
+        "another LPIPS network, or none": lpips.available
+        and (result.lpips.net, result.lpips.available) != (lpips.net, True),
     }
     changed = [name for name, different in differs.items() if different]
     if changed:
-        progress(f"{folder.name} was made from another {' and other '.join(changed)}: it is made again", 1, 1)
+        progress(f"{folder.name} was made with {' and '.join(changed)}: it is made again", 1, 1)
     return not changed
 
 
