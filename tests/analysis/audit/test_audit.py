@@ -295,6 +295,7 @@ def test_shuffled_features_are_not_refined_and_that_is_said(cache, tmp_path):
         settings("Classifier", "stem", "shuffle", attackers=attackers), tmp_path, cache
     )
     assert results.rows == [] and any("not refined" in note for note in results.notes)
+    assert results.unmeasured == {("stem", "shuffle")}
     assert verdict.options == () and "nothing" in verdict.reason
 
 

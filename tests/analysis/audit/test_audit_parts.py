@@ -263,6 +263,27 @@ def test_undefended_features_that_tell_nothing_are_doubted():
     )
 
 
+def test_what_an_attacker_can_compute_from_the_features_counts():
+    """Undefended features hold `pca:8` of them, and `pca:8` holds `pca:8+int8`, but not the other way round."""
+    rows = [row("a", "none", 0.2, 0.1), row("a", "pca:8", 0.4, 0.05), row("a", "pca:8+int8", 0.3, 0.3)]
+    rows += [row("a", "pca:80", 0.1, 0.1), row("b", "none", 0.9, 0.9)]
+    verdict = judge(rows, [], {(one.layer, one.defence): cost(1.0) for one in rows}, LimitsConfig(0.35, 0.5))
+    found = {(o.layer, o.defence): o for o in verdict.options}
+    assert found["a", "none"].ssim.estimate == 0.4 and found["a", "none"].identification.estimate == 0.3
+    assert found["a", "none"].ssim.attacker.endswith(", after pca:8")
+    assert found["a", "pca:8"].ssim.estimate == 0.4 and found["a", "pca:8"].identification.estimate == 0.3
+    assert found["a", "pca:8"].ssim.attacker.endswith("decoded")
+    assert found["a", "pca:8+int8"].ssim.estimate == 0.3 and found["a", "pca:80"].ssim.estimate == 0.1
+
+
+def test_a_defence_that_nobody_attacked_is_not_passed():
+    rows = [row("a", "int8", 0.1, 0.01)]
+    costs = {("a", "int8"): cost(1.0), ("a", "shuffle"): cost(1.0)}
+    verdict = judge(rows, [], costs, LimitsConfig(0.35, 0.5))
+    assert verdict.passed is False and "could not be measured: a, shuffle" in verdict.remarks
+    assert judge(rows, [], {("a", "int8"): cost(1.0)}, LimitsConfig(0.35, 0.5)).passed is True
+
+
 def test_shuffled_features_are_not_recommended():
     rows = [row("a", "shuffle+int8", 0.1, 0.01), row("a", "none", 0.2, 0.02)]
     costs = {("a", "shuffle+int8"): cost(1.0), ("a", "none"): cost(0.9)}

@@ -52,6 +52,7 @@ def improve(loader: FeatureLoader, decoder: DecoderTrainer, conditions: Sequence
             f"{first.layer}, {first.defence}: not refined, since a shuffled order leaves nothing to compare "
             "features with place by place; an attacker may find a way"
         )
+        session.results.unmeasured.add((first.layer, first.defence))
         return
     with session.ending(first.label, conditions):
         for condition in conditions:

@@ -127,7 +127,8 @@ def judge(
     Of several attackers and distances the worst counts: one that is shown to leak, else one that is not shown
     to be safe, and among equals the one with the highest decisive end of its interval. Where a layer's
     locations do not see the whole image, the worse of two measurements counts: of whole images, and of the
-    seen part alone.
+    seen part alone. What was brought back from behind a longer chain of defences counts too, since whoever gets
+    `pca:8`, or undefended features, can apply the rest of `pca:8+int8` to them.
 
     Args:
         rows: results of each attacker
@@ -139,22 +140,38 @@ def judge(
     """
     attacks = grouped(rows, lambda row: (row.layer, row.defence))
     options = [
-        _option(attacks[key], cost, limits, key not in unmeasured)
+        _option(_attainable(key, attacks), cost, limits, key not in unmeasured)
         for key, cost in costs.items()
         if key in attacks
     ]
+    missing = [f"{layer}, {defence}" for layer, defence in costs if (layer, defence) not in attacks]
     passed = None
     if limits:
-        passed = bool(options) and not failures and all(o.status == WITHIN for o in options)
-    remarks = tuple(_remarks(rows, blind, limits, failures))
+        passed = not (missing or failures) and all(o.status == WITHIN for o in options) and bool(options)
+    remarks = tuple(_remarks(rows, blind, limits, [*failures, *missing]))
     return Verdict(tuple(options), passed, *_recommend(options, limits), remarks)
+
+
+def _attainable(
+    key: tuple[str, str], attacks: Mapping[tuple[str, str], Sequence[AttackFacts]]
+) -> list[AttackFacts]:
+    """Return the attacks on one option, and those on options whose features can be computed from its features."""
+    layer, defence = key
+    beyond = [
+        row
+        for (other, chain), rows in attacks.items()
+        if other == layer and chain != defence and (defence == "none" or chain.startswith(f"{defence}+"))
+        for row in rows
+    ]
+    return [*attacks[key], *beyond]
 
 
 def _option(
     rows: Sequence[AttackFacts], cost: Mapping[str, Any], limits: LimitsConfig, complete: bool
 ) -> Option:
-    ssim = _worst([(row, likeness(row)) for row in rows], limits.max_ssim)
-    found = _worst([(row, row.identification) for row in rows], limits.max_identification)
+    first = rows[0]
+    ssim = _worst([(row, likeness(row)) for row in rows], limits.max_ssim, first.defence)
+    found = _worst([(row, row.identification) for row in rows], limits.max_identification, first.defence)
     statuses, reasons = [], []
     for name, leak, limit in (
         (ssim.by, ssim, limits.max_ssim),
@@ -169,14 +186,21 @@ def _option(
     if not complete:
         statuses.append(OPEN)
         reasons.append(f"an attacker could not be measured: {OPEN}")
-    first, status = rows[0], max(statuses, key=SEVERITY.index)
+    status = max(statuses, key=SEVERITY.index)
     return Option(first.layer, first.defence, ssim, found, first.chance, cost, status, tuple(reasons))
 
 
-def _worst(measured: Iterable[tuple[AttackFacts, Mapping[str, Interval]]], limit: float | None) -> Leak:
+def _worst(
+    measured: Iterable[tuple[AttackFacts, Mapping[str, Interval]]], limit: float | None, defence: str
+) -> Leak:
     """Choose the worst, a shown leak before a possible one: wide intervals reach far but show little."""
+
+    def name(row: AttackFacts) -> str:
+        through = "" if row.defence == defence else f", after {row.defence}"
+        return attacker_text(row.attacker) + through
+
     leaks = [
-        Leak(i.estimate, i.low, i.high, i.count, by, attacker_text(row.attacker))
+        Leak(i.estimate, i.low, i.high, i.count, by, name(row))
         for row, intervals in measured
         for by, i in intervals.items()
     ]
