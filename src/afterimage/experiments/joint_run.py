@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +24,7 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import decoder_digest
 from afterimage.models.decoders.canvas import seen_box
 from afterimage.models.fusion import WeightMaps
-from afterimage.models.reconstructor import build_feature_decoder
+from afterimage.models.reconstructor import FeatureDecoder, build_feature_decoder
 from afterimage.models.weights import weight_notes
 from afterimage.runs.files import sha256
 from afterimage.runs.lock import Lock
@@ -82,7 +82,8 @@ class JointRun:
 
     Args:
         runs: folder and configuration of each run
-        data: the images of all runs
+        load_images: function that returns the images of all runs; it is called once encoders and decoders are built, so
+            that a wrong layer or option is told before any image is read
         context: the context of training; collects failures and finished runs
         accelerator: `cpu`, `cuda`, `mps` or `auto`
         keep: number of test images that each run stores with their reconstructions
@@ -91,13 +92,13 @@ class JointRun:
     def __init__(
         self,
         runs: Mapping[Run, RunConfig],
-        data: Data,
+        load_images: Callable[[], Data],
         context: StudyContext,
         *,
         accelerator: str,
         keep: int,
     ) -> None:
-        self.runs, self.data, self.context, self.ranks = runs, data, context, context.ranks
+        self.runs, self.context, self.ranks = runs, context, context.ranks
         self.accelerator, self.keep = accelerator, keep
         self.first = next(iter(runs.values()))
         self.fabric = self._fabric()
@@ -108,8 +109,16 @@ class JointRun:
                 lambda: build_encoders(self.first, sources, progress=context.progress)
             )
             self.encoders.to(self.fabric.device)
+        self.models: dict[Run, FeatureDecoder] = {}
+        for run, config in runs.items():
+            with context.isolate(run):
+                specs = [self.encoders.specs[i] for i in self._feature_indices(config)]
+                self.models[run] = build_feature_decoder(config, specs)
+        if not self.models:
+            return
+        self.data = load_images()
         if self.first.features is not None:
-            self.encoders.check(data)
+            self.encoders.check(self.data)
             for note in self.encoders.remarks_of(sources):
                 context.log(note)
         for entry in self.encoders.weights_of(self.encoders.sources):
@@ -121,7 +130,7 @@ class JointRun:
             lambda: Metrics(self.first.lpips, size=min(self.first.data.size))
         )
         self.loader = FeatureLoader(
-            self.encoders, data, self.first.recipe, self.fabric, seed=self.first.seed, context=context
+            self.encoders, self.data, self.first.recipe, self.fabric, seed=self.first.seed, context=context
         )
 
     def _fabric(self) -> Fabric:
@@ -130,9 +139,9 @@ class JointRun:
     def train(self) -> None:
         """Train every run from its checkpoint, or from the start, and measure it on the test images."""
         decoders = []
-        for run, config in self.runs.items():
+        for run, model in self.models.items():
             with self.context.isolate(run):
-                decoders.append(self._decoder_trainer(run, config))
+                decoders.append(self._decoder_trainer(run, self.runs[run], model))
         if not decoders:
             return
         trainer = Trainer(self.loader, decoders)
@@ -143,9 +152,11 @@ class JointRun:
         trainer.train_epochs()
         self.finish([one for one in decoders if one.best and one not in early])
 
-    def _decoder_trainer(self, run: Run, config: RunConfig) -> DecoderTrainer:
-        feature_indices = [self.encoders.index(source) for source in config.sources]
-        model = build_feature_decoder(config, [self.encoders.specs[i] for i in feature_indices])
+    def _feature_indices(self, config: RunConfig) -> list[int]:
+        return [self.encoders.index(source) for source in config.sources]
+
+    def _decoder_trainer(self, run: Run, config: RunConfig, model: FeatureDecoder) -> DecoderTrainer:
+        feature_indices = self._feature_indices(config)
         sources = [self.encoders.sources[i] for i in feature_indices]
         code = decoder_digest(config.decoder.name)
         decoder = DecoderTrainer(

@@ -294,7 +294,7 @@ class _Worker:
                 first = next(iter(mine.values()))
                 if first.features is None:  # without weights all rows fail, and looking for them may be slow
                     ranks.main_process_first(lambda: check_weights(first.models, first.weights))
-                self._together(mine, self._data(first.data, stop), context)
+                self._together(mine, lambda: self._data(first.data, stop), context)
         except BaseException as error:
             if concerns(error) == EVERYTHING:
                 self.claims.mark((run for run in mine if run.state == "running"), "stopped")
@@ -309,11 +309,13 @@ class _Worker:
                     del self.claims.waiting[run]
         self.claims.heard(None)
 
-    def _together(self, mine: dict[Run, RunConfig], data: Data, context: StudyContext) -> None:
+    def _together(
+        self, mine: dict[Run, RunConfig], load_images: Callable[[], Data], context: StudyContext
+    ) -> None:
         """Train runs on one pass through their encoders; if these fail, try each half of the rows by itself."""
         try:
             with self.claims.ranks.raise_on_all_ranks():
-                JointRun(mine, data, context, accelerator=self.accelerator, keep=self.keep).train()
+                JointRun(mine, load_images, context, accelerator=self.accelerator, keep=self.keep).train()
             return
         except Exception as caught:
             if concerns(caught) != ENCODERS:
@@ -329,7 +331,7 @@ class _Worker:
         first = rows[: len(rows) // 2]
         for own in (True, False):
             half = {run: config for run, config in left.items() if (config.sources in first) is own}
-            self._together(half, data, context)
+            self._together(half, load_images, context)
 
     def _data(self, config: DataConfig, stop: GracefulShutdown) -> Data:
         """Load and check the images of a data configuration once; groups of runs mostly share them.
