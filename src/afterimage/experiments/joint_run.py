@@ -249,6 +249,7 @@ class JointRun:
         notes = [*decoder.notes]
         if code := decoder.identity.get("code"):
             notes.append(f"{config.decoder.name} has the SHA-256 {code}")
+        notes += decoder.model.decoder.remarks
         notes += seen_notes(features, box, size, () if box is None else result.rows)
         notes += [*weight_notes(weights), *self.encoders.remarks_of(sources), *self.data.notes]
         training = TrainingFacts(

@@ -55,6 +55,10 @@ class Signed(nn.Module):
         return 0 * features[:, :1, :1, :1] - torch.ones(len(features), 3, *self.size) / 2
 
 
+class Unstated(Signed):
+    image_range = (0, 1)
+
+
 class Dropping(Own):
     def forward(self, features):
         return F.dropout(super().forward(features), 0.5, self.training)
@@ -165,6 +169,17 @@ def test_a_frozen_module_stays_as_it_is_and_in_evaluation_mode():
     decoder = build("frozen")
     assert not decoder.trainable and not decoder.train().training and not decoder.module.training
     assert build("Own").train().module.training
+
+
+def test_values_that_were_clamped_are_told_if_they_are_many():
+    """A module whose images are in [-1, 1], or in [0, 255], and which does not say so."""
+    features = [torch.randn(2, 4, 3, 3)]
+    for name, told in (("Signed", 0), ("Unstated", 1)):
+        decoder = build(name).eval()
+        decoder(features)
+        assert len(decoder.remarks) == told
+    assert decoder.remarks[0].startswith("100% of the values that ") and "now (0, 1)" not in decoder.remarks[0]
+    assert "image_range, which is (0, 1) now" in decoder.remarks[0]
 
 
 @pytest.fixture(scope="module")

@@ -147,5 +147,10 @@ class Decoder(ClosedForm, nn.Module, ABC):
         rows, columns = self.canvas.crop(crop)[1]
         return images[..., rows, columns]
 
+    @property
+    def remarks(self) -> list[str]:
+        """Remarks for the run's notes on the images decoded so far."""
+        return []
+
     def after_optimizer_step(self) -> None:
         """Update state that depends on the weights; called after every optimizer step."""

@@ -13,6 +13,9 @@ from afterimage.models.autoencoders import Autoencoder, FromLatents
 from afterimage.models.decoders.base import Decoder
 from afterimage.models.factories import call_factory, source_digest
 
+FAR, OFTEN = 0.1, 0.05
+"""Distance from [0, 1] and share of the values from which a run's notes say that they were clamped."""
+
 
 class OwnDecoder(Decoder):
     """A user's module as a decoder, from a feature map `(B, C, h, w)` to images `(B, 3, H, W)`.
@@ -41,7 +44,7 @@ class OwnDecoder(Decoder):
     ) -> None:
         super().__init__(specs, image_size)
         self.name = name
-        self._seed = 0
+        self._seed = self._values = self._outside = 0
         where = torch.empty(0).device
         with torch.device("cpu"):  # it may load weights, and is tried on the CPU
             self.module = self.build(options)
@@ -62,6 +65,8 @@ class OwnDecoder(Decoder):
 
     def train(self, mode: bool = True) -> OwnDecoder:
         """Switch to training mode, unless the module has no trainable parameters."""
+        if mode:
+            self._values = self._outside = 0
         return super().train(mode and self.trainable)
 
     def feature_crops(self, generator: torch.Generator) -> list[None]:
@@ -86,7 +91,24 @@ class OwnDecoder(Decoder):
             raise AfterimageError(
                 f"{self.name} must return images {expected} of floats for features {tuple(features.shape)}, got {got}"
             )
-        return images if (self.low, self.high) == (0, 1) else (images - self.low) / (self.high - self.low)
+        if (self.low, self.high) != (0, 1):
+            images = (images - self.low) / (self.high - self.low)
+        if not self.training:
+            self._values += images.numel()
+            self._outside += int((images.detach() - 0.5).abs().gt(0.5 + FAR).sum())
+        return images
+
+    @property
+    def remarks(self) -> list[str]:
+        """A remark if many values lay far outside [0, 1], as those of a module with another range do."""
+        share = self._outside / max(1, self._values)
+        if share <= OFTEN:
+            return []
+        return [
+            f"{share:.0%} of the values that {self.name} returned lay more than {FAR:g} outside [0, 1] and were "
+            "clamped: if its images have another range, give it the attribute image_range, which is "
+            f"({self.low:g}, {self.high:g}) now"
+        ]
 
     @torch.no_grad()
     def _try(self) -> None:
