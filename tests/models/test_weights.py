@@ -121,6 +121,7 @@ def test_a_path_is_a_file_or_a_folder(tmp_path):
         "label": "pretrained",
         "is_random": False,
         "note": "",
+        "code": "",
     }
     with pytest.raises(
         AfterimageError, match=r"holds no weights for .*: none of resnet18.tv_in1k.safetensors, "
@@ -261,6 +262,7 @@ def test_random_weights_say_so(kind):
         "label": kind,
         "is_random": True,
         "note": "",
+        "code": "",
     }
     assert (
         len({Weights(MODEL, k, f"seed {seed}").used.identity for k in RANDOM_WEIGHTS for seed in (1, 2)}) == 4

@@ -48,12 +48,17 @@ def changes_since(run: Run, *, cache: Path | None = None) -> list[str]:
     now, _ = current_digests(config.data, cache=cache)
     changes = [] if now == then.digest else [f"images (digest {then.digest[:12]} then, {now[:12]} now)"]
     for before in result.weights:
-        if not before.is_random and config.features is None:
-            used = open_network(before.model).find_weights(config.weights).used
-            if used.identity != before.identity:
-                changes.append(
-                    f"weights of {before.model} (digest {before.sha256[:12]} then, {used.sha256[:12]} now)"
-                )
+        if config.features is not None:
+            continue
+        network = open_network(before.model)
+        digests = {"code": (before.code, network.code)}
+        if not before.is_random:
+            digests["weights"] = before.sha256, network.find_weights(config.weights).sha256
+        changes += [
+            f"{what} of {before.model} (digest {old[:12]} then, {new[:12]} now)"
+            for what, (old, new) in digests.items()
+            if old != new
+        ]
     return changes
 
 

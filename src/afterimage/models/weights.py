@@ -68,6 +68,7 @@ class Weights:
         sha256: digest of the file; empty for random weights
         file: the file; None for random weights
         note: position of the weights in the file, known once they are read; empty if it is obvious
+        code: SHA-256 of the file with the code of a user's network; empty for others
     """
 
     model: str
@@ -76,6 +77,7 @@ class Weights:
     sha256: str = ""
     file: Path | None = field(default=None, repr=False, compare=False)
     note: str = ""
+    code: str = ""
 
     @property
     def is_random(self) -> bool:
@@ -91,7 +93,7 @@ class Weights:
     def used(self) -> UsedWeights:
         """The weights as a run's result records them."""
         known = (self.model, self.origin, self.location, self.sha256)
-        return UsedWeights(*known, label=self.label, is_random=self.is_random, note=self.note)
+        return UsedWeights(*known, self.label, self.is_random, self.note, self.code)
 
 
 def weight_notes(used: Iterable[UsedWeights]) -> list[str]:

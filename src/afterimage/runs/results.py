@@ -141,7 +141,10 @@ class FeatureMap(FeatureSpec):
 
 @dataclass(frozen=True)
 class UsedWeights:
-    """Weights of one network, see `models.weights.Weights`; `label` is `pretrained` or the name of a random control."""
+    """Weights and code of one network, see `models.weights.Weights`.
+
+    `label` is `pretrained` or the name of a random control.
+    """
 
     model: str
     origin: str
@@ -150,11 +153,13 @@ class UsedWeights:
     label: str
     is_random: bool
     note: str = ""
+    code: str = ""
 
     @property
     def identity(self) -> str:
-        """Identity of the weights: the file's digest, or the label and seed of a random control."""
-        return self.sha256 or f"{self.label}, {self.location}"
+        """Digest of the file, or label and seed of a random control; and the digest of a user's code."""
+        weights = self.sha256 or f"{self.label}, {self.location}"
+        return f"{weights}, code {self.code}" if self.code else weights
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from afterimage.analysis.audit.task_utility import Unavailable, whole_network
@@ -334,6 +335,7 @@ def test_a_network_without_one_answer_has_no_utility():
 
 
 FACTORY = """
+from safetensors.torch import save_file
 from torch import nn
 def good(): return nn.Conv2d(3, 4, 2, 2)
 def wrong(): return 7
@@ -373,18 +375,30 @@ def test_a_factory_is_found_in_the_working_folder_and_is_built_from_a_seed(facto
 def test_code_that_was_edited_makes_another_network(factories, where):
     """Its parameters alone would not tell."""
     code = """
+from safetensors.torch import save_file
 from torch import nn
 class Net(nn.Conv2d):
     def forward(self, images): return super().forward(images)
 def factory(): return Net(3, 4, 2, 2)
 """
-    digests = []
+    found = []
     for text in (code, code, code.replace("(images)", "(1 - images)")):
         (factories / "edited.py").write_text(text)
         sys.modules.pop("edited", None)
-        digests.append(open_network.__wrapped__(f"python/{where}").find_weights().sha256)
+        found.append(open_network.__wrapped__(f"python/{where}"))
     sys.modules.pop("edited", None)
-    assert digests[0] == digests[1] != digests[2]
+    assert found[0].code == found[1].code != found[2].code
+    assert len({network.find_weights().sha256 for network in found}) == 1
+
+
+def test_code_is_part_of_the_weights_identity_whatever_the_weights(factories, tmp_path):
+    (factories / "coded.py").write_text("from torch import nn\ndef factory(): return nn.Conv2d(3, 4, 2, 2)\n")
+    name = f"python/{factories}/coded.py:factory"
+    save_file(open_network(name).module.state_dict(), tmp_path / "w.safetensors")
+    for weights in ("pretrained", "random", str(tmp_path / "w.safetensors")):
+        used = Encoder(name, ["output"], image_size=SIZE, weights=weights).weights.used
+        assert used.code == open_network(name).code and used.identity.endswith(f", code {used.code}")
+    assert Encoder(nn.Conv2d(3, 4, 2, 2), ["output"], image_size=SIZE).weights.used.code == ""
 
 
 @pytest.mark.parametrize(

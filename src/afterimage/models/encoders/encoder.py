@@ -106,12 +106,12 @@ class Encoder(nn.Module):
         self.specs = tuple(found.spec for found in self._maps)
         used = traced.used(self._layers)
         if str(weights) in RANDOM_WEIGHTS:
-            self.weights = Weights(self.model_name, str(weights), f"seed {seed}")
+            found, note = Weights(self.model_name, str(weights), f"seed {seed}"), ""
             self.model = traced.create_random(seed, str(weights))
         else:
             found = self.network.find_weights(weights)
             self.model, note = self.network.load(self.image_size, found, used)
-            self.weights = replace(found, note=note)
+        self.weights = replace(found, note=note, code=self.network.code)
         if not self.network.is_own:
             _drop(self.model, {name for names in used for name in names})
         if self.network.channels_last:

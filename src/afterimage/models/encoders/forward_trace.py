@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -89,7 +90,8 @@ class ForwardTrace(TorchDispatchMode):
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._names[storage(parameter)].append(name)
         self._clock = self._flops = self._finished = 0
-        self._seen = {storage(images)}
+        # Weak references keep the memory of a tensor that is gone from passing for a new one's.
+        self._seen = {storage(images): StorageWeakRef(images.untyped_storage())}
         fast = torch.backends.mha.get_fastpath_enabled()
         hooks = [
             module.register_forward_hook(functools.partial(self._finish, path))
@@ -114,7 +116,7 @@ class ForwardTrace(TorchDispatchMode):
         read = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for key in read:
             self.first_read.setdefault(key, self._clock)
-        packet, on_features = func._overloadpacket, not self._seen.isdisjoint(read)
+        packet, on_features = func._overloadpacket, not self._seen.keys().isdisjoint(read)
         for index, argument in enumerate(args):
             if isinstance(argument, Tensor) and (names := self._names.get(storage(argument))):
                 if index in _FACTORS.get(packet, ()):
@@ -122,8 +124,11 @@ class ForwardTrace(TorchDispatchMode):
                 elif packet in _MATRICES and on_features:
                     self.matrices.update(names)
         result = func(*args, **kwargs)
-        made = {storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
-        (self._seen.update if on_features else self._seen.difference_update)(made)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and on_features:
+                self._seen[storage(leaf)] = StorageWeakRef(leaf.untyped_storage())
+            elif isinstance(leaf, Tensor):
+                self._seen.pop(storage(leaf), None)
         if self.flow is not None:
             self.flow.step(func, args, kwargs, result)
         if packet in flop_registry:

@@ -80,6 +80,7 @@ class Network(abc.ABC):
         classifiers: prefixes of the names of its classifier's tensors; empty if it has none
         channels_last: whether it runs in channels-last memory order, which is faster
         blocks: paths at which its provider's networks have their blocks
+        code: SHA-256 of the file with the code of a user's network; empty for others
         is_own: whether it is a user's network: it brings its own weights and is first tried on images
     """
 
@@ -92,6 +93,7 @@ class Network(abc.ABC):
     native_size: Size = (224, 224)
     has_fixed_size: bool = False
     classifiers: tuple[str, ...] = ()
+    code: str = ""
 
     @property
     def channels(self) -> int:

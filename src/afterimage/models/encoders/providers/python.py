@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,11 @@ class OwnNetwork(Network):
             AfterimageError: the factory cannot be imported, does not exist, raises an error, or returns no `nn.Module`
         """
         name = absolute_model(f"python/{name}")
+        code = ""
+        with contextlib.suppress(AfterimageError):  # calling it below says what is wrong
+            code = source_digest(name)
         with seeded(0):
-            return cls.of(call_factory(name), name)
+            return replace(cls.of(call_factory(name), name), code=code)
 
     @classmethod
     def of(cls, module: nn.Module, name: str = "own") -> OwnNetwork:
@@ -108,7 +111,7 @@ class OwnNetwork(Network):
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         if str(weights) == "pretrained":
-            return Weights(self.name, "own", self.name, _digest(self.module, self.name))
+            return Weights(self.name, "own", self.name, _digest(self.module))
         stem = split_provider(self.name)[1].rpartition(":")[2]
         return search_weights(self.name, weights, [stem])
 
@@ -143,11 +146,9 @@ class OwnNetwork(Network):
         return model
 
 
-def _digest(network: nn.Module, name: str) -> str:
-    """Return the SHA-256 of a network's parameters and buffers, and of the factory's file."""
+def _digest(network: nn.Module) -> str:
+    """Return the SHA-256 of a network's parameters and buffers."""
     digest = hashlib.sha256()
-    with contextlib.suppress(AfterimageError):  # a module that was given as an object has no file
-        digest.update(source_digest(name).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         if isinstance(tensor, Tensor):
