@@ -19,12 +19,12 @@ from afterimage.config import (
 from afterimage.config.study import StudyConfig
 from afterimage.experiments.queue import train_runs
 from afterimage.models.decoders import create_decoder
+from afterimage.models.layers.blocks import adapt_batch_norms
 from afterimage.runs.run import Run, scan
 from afterimage.runtime.device import create_fabric
 from afterimage.runtime.distributed import SINGLE_PROCESS, RankLost, distributed_context
 from afterimage.runtime.failures import ENCODERS, Unexpected, concerning, concerns, story
 from afterimage.runtime.process import LockLost, Stopped
-from afterimage.runtime.sync_batchnorm import adapt
 from afterimage.training.checkpoint import CHECKPOINT
 from children import MODEL, small_configs
 from rank_children import (
@@ -149,7 +149,7 @@ def check_batch_norm(ranks):
     whole = torch.randn(2, 5, 4, 4, generator=generator) * 3 + 100
     target = torch.randn(2, 5, 4, 4, generator=generator)
     plain, norm = nn.Sequential(nn.BatchNorm2d(5)), nn.Sequential(nn.BatchNorm2d(5))
-    assert adapt(norm, ranks) and norm.state_dict().keys() == plain.state_dict().keys()
+    assert adapt_batch_norms(norm, ranks) and norm.state_dict().keys() == plain.state_dict().keys()
     part = whole[ranks.part(2)].clone().requires_grad_()
     whole.requires_grad_()
     expected, result = plain(whole), norm(part)

@@ -78,7 +78,7 @@ def train_runs(
         claims = RunQueue(lambda text: progress(text, 1, 1), ranks)
         runs = claims.open(configs, root)
         with ranks.raise_on_all_ranks():
-            if ranks.is_main_process:
+            if ranks.is_main_process and claims.finished:
                 review_finished(claims.finished, cache=cache, accelerator=accelerator, progress=progress)
         worker = _Worker(claims, cache, accelerator, progress, keep, checkpoint_seconds)
         with ranks.raise_on_all_ranks(), graceful_shutdown(ignore_second_signal=ranks.count > 1) as stop:

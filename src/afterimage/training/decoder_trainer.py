@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
 from afterimage.config import AfterimageError, RecipeConfig, shown
+from afterimage.models.layers.blocks import adapt_batch_norms
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.models.weight_files import save_decoder
 from afterimage.runs.run import Run
 from afterimage.runtime.device import Result, retry_with_smaller_batch
-from afterimage.runtime.sync_batchnorm import adapt
 from afterimage.training.checkpoint import (
     load_checkpoint,
     pack_optimizer,
@@ -71,7 +71,7 @@ class DecoderTrainer:
         self.name, self.recipe, self.fabric, self.run = name, recipe, fabric, run
         self.identity, self.context = dict(identity or {}), context or RunContext()
         self.feature_indices = list(feature_indices)
-        self._norms = adapt(model, self.context.ranks)
+        self._norms = adapt_batch_norms(model, self.context.ranks)
         self.synchronises = self.context.ranks.count > 1 and bool(self._norms)
         self.model = model.to(fabric.device)
         if model.decoder.channels_last:

@@ -63,7 +63,8 @@ def train_on_ray(
     queue = RunQueue(lambda text: progress(text, 1, 1))
     root = Path(root).resolve()
     runs = queue.open(configs, root)
-    review_finished(queue.finished, cache=cache, accelerator=accelerator, progress=progress)
+    if queue.finished:
+        review_finished(queue.finished, cache=cache, accelerator=accelerator, progress=progress)
     if queue.waiting:
         options = {
             "cache": cache and Path(cache).resolve(),

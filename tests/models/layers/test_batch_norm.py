@@ -8,9 +8,9 @@ from torch import nn
 
 from afterimage import train_runs
 from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
+from afterimage.models.layers.blocks import BatchNorm, adapt_batch_norms
 from afterimage.runs.run import Run
 from afterimage.runtime.distributed import distributed_context
-from afterimage.runtime.sync_batchnorm import BatchNorm, adapt
 from afterimage.training.decoder_trainer import SINGLE
 from afterimage.training.losses import MSE
 from children import result
@@ -55,7 +55,7 @@ def norms():
 
 def test_a_single_value_is_normalised_by_the_running_statistics_which_stay():
     module = nn.Sequential(norms())
-    (norm,) = adapt(module)
+    (norm,) = adapt_batch_norms(module)
     maps = torch.tensor([3.0, -1.0, 0.5]).view(1, 3, 1, 1).requires_grad_()
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     result = module(maps)
@@ -70,7 +70,7 @@ def test_a_single_value_is_normalised_by_the_running_statistics_which_stay():
 @pytest.mark.parametrize("shape", [(4, 3, 1, 1), (1, 3, 2, 1), (2, 3, 5, 4)])
 def test_any_other_batch_is_that_of_pytorch_bit_for_bit(shape):
     plain, module = nn.Sequential(norms()), nn.Sequential(norms())
-    (norm,) = adapt(module)
+    (norm,) = adapt_batch_norms(module)
     assert module.state_dict().keys() == plain.state_dict().keys()
     maps = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(module(maps), plain(maps)) and norm.met_single == 0
@@ -84,8 +84,8 @@ def test_what_does_more_than_normalise_is_left_alone():
             return super().forward(maps).relu()
 
     module = nn.Sequential(Activated(3))
-    assert adapt(module) == [] and type(module[0]) is Activated
-    (again,) = adapt(nn.Sequential(BatchNorm(norms())))
+    assert adapt_batch_norms(module) == [] and type(module[0]) is Activated
+    (again,) = adapt_batch_norms(nn.Sequential(BatchNorm(norms())))
     assert type(again) is BatchNorm
 
 
@@ -111,8 +111,8 @@ def compare_single_values():
     """On three ranks, of which one has the only image: as on one process, forward, backward and buffers."""
     with distributed_context("cpu") as ranks:
         plain, module = nn.Sequential(norms()), nn.Sequential(norms())
-        adapt(plain)
-        (norm,) = adapt(module, ranks)
+        adapt_batch_norms(plain)
+        (norm,) = adapt_batch_norms(module, ranks)
         maps = torch.tensor([3.0, -1.0, 0.5]).view(1, 3, 1, 1)
         own = maps[ranks.part(1)].clone().requires_grad_()
         plain(maps).square().sum().backward()
