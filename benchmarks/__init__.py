@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from afterimage.config import AfterimageError, unknown
+from afterimage.config import AfterimageError, unknown_choice_error
 from afterimage.runs.files import write_json
 from afterimage.runs.run import environment
-from afterimage.runtime.process import cores
+from afterimage.runtime.process import available_cpus
 from benchmarks import equal_time, gpu, growth, memory, quality, scoring, search, startup, stream, training
 from benchmarks.child import in_child
 from benchmarks.rows import Row, print_rows, row_line
@@ -75,7 +75,7 @@ def run_bench(
     """
     for name in names:
         if name not in MEASUREMENTS:
-            raise unknown("measurement", name, MEASUREMENTS)
+            raise unknown_choice_error("measurement", name, MEASUREMENTS)
     end = time.monotonic() + (QUICK_SECONDS if settings.quick and not names else math.inf)
     here = in_child("work:here", accelerator=settings.accelerator, precision=settings.precision).value
     settings = replace(settings, precision=here["precision"])
@@ -123,7 +123,7 @@ def machine() -> dict[str, Any]:
     ]
     facts = {
         "processor": models[0] if models else None,
-        "cores": cores(),
+        "cores": available_cpus(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": os.getloadavg(),
         **{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},

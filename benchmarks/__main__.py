@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from afterimage.cli import command_line
-from afterimage.config import check_positive, shown
+from afterimage.config import check_positive, printable_path
 from afterimage.runs.run import check_file
-from afterimage.runtime.terminal import say
+from afterimage.runtime.terminal import print_lines
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Bench:
 
         if self.list:
             for name, measurement in MEASUREMENTS.items():
-                say(f"{name:16} {(measurement.__doc__ or '').splitlines()[0]}")
+                print_lines(f"{name:16} {(measurement.__doc__ or '').splitlines()[0]}")
             return
         check_positive(self, "seconds")
         if self.json is not None:
@@ -59,22 +59,22 @@ class Bench:
                 Path(folder), self.quick, self.data, self.accelerator, display, self.seconds, self.precision
             )
             rows, facts = run_bench(
-                self.only, settings=settings, json_path=self.json, told=lambda row: say(row_line(row))
+                self.only, settings=settings, json_path=self.json, told=lambda row: print_lines(row_line(row))
             )
         print_rows(rows)
         if facts["left_out"]:
-            say(
+            print_lines(
                 f"left out, in whole or in part, since the {QUICK_SECONDS} s of --quick were over: "
                 f"{', '.join(facts['left_out'])}; `python -m benchmarks --quick --only NAME` measures one"
             )
-        say(
+        print_lines(
             f"{facts['processor'] or 'processor unknown'}, {facts['cores']} cores, "
             f"{facts['memory_bytes'] / 2**30:.0f} GiB, torch {facts['versions'].get('torch')}, "
             f"OMP_NUM_THREADS {facts['OMP_NUM_THREADS'] or 'not set'}; "
             f"ours in {facts['precision']}, attention of narrow heads {facts['narrow_attention']}"
         )
         if self.json is not None:
-            say(f"figures: {shown(self.json)}")
+            print_lines(f"figures: {printable_path(self.json)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

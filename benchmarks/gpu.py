@@ -29,13 +29,14 @@ def gpu(settings: Settings) -> Iterator[Row]:
 def published(images: int) -> list[RunConfig]:
     """Return the runs of the published study, on procedural images and with random weights."""
     from afterimage.config.study import load_study
-    from afterimage.experiments.study import expand
+    from afterimage.experiments.study import expand_study
 
     study = replace(load_study("published"), weights="random")
     data = DataConfig(f"procedural:{images}", validation_fraction=0.2, test_fraction=0.05)
     # LPIPS as a loss needs weights that may be missing; a note says that it is left out.
     return [
-        replace(run, data=data, recipe=replace(run.recipe, epochs=2, loss="mse")) for run in expand(study)
+        replace(run, data=data, recipe=replace(run.recipe, epochs=2, loss="mse"))
+        for run in expand_study(study)
     ]
 
 

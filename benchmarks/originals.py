@@ -33,7 +33,7 @@ def write_originals(folder: Path, counts: Mapping[str, int], width: int, height:
         name of the data source, `folder:PATH`
     """
     from afterimage.data.sources.dead_leaves import dead_leaves
-    from afterimage.runtime.process import in_parallel
+    from afterimage.runtime.process import parallel_map
 
     jobs = []
     for series, (part, count) in enumerate(counts.items()):
@@ -47,5 +47,5 @@ def write_originals(folder: Path, counts: Mapping[str, int], width: int, height:
         for path, turn in zip(files, (None, *TURNS), strict=False):
             (image if turn is None else image.transpose(turn)).save(path, compress_level=1)
 
-    list(in_parallel(write, jobs, len(jobs), f"writing originals of {width}x{height}", say))
+    list(parallel_map(write, jobs, len(jobs), f"writing originals of {width}x{height}", say))
     return f"folder:{folder}"

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.data.dataset import cache_folder
-from afterimage.data.sampling import centre_places, crop_places, order, split
+from afterimage.data.sampling import centre_crop_positions, epoch_order, random_crop_positions, split
 from afterimage.data.sources import read_source
 from afterimage.models.decoders import create_decoder
 from afterimage.models.encoders.encoder import Encoder
@@ -47,9 +47,9 @@ class Originals(Dataset):
         pixels = np.asarray(image.resize(sides, Image.Resampling.BICUBIC), np.float32) / 255
         height, width = (np.array([side]) for side in pixels.shape[:2])
         if self.seed is None:
-            (top,), (left,), flip = *centre_places(height, width, self.crop), [False]
+            (top,), (left,), flip = *centre_crop_positions(height, width, self.crop), [False]
         else:
-            draw = crop_places(height, width, self.crop, np.array([index]), self.seed, self.epoch)
+            draw = random_crop_positions(height, width, self.crop, np.array([index]), self.seed, self.epoch)
             (top,), (left,), flip = draw
         pixels = pixels[top : top + self.crop, left : left + self.crop]
         return torch.from_numpy(np.ascontiguousarray(pixels[:, ::-1] if flip[0] else pixels)).permute(2, 0, 1)
@@ -159,7 +159,7 @@ def train(
     for epoch in range(recipe.epochs):
         decoder.train()
         image_set.epoch = epoch
-        indices = order(len(image_set), seed=config.seed, epoch=epoch).tolist()
+        indices = epoch_order(len(image_set), seed=config.seed, epoch=epoch).tolist()
         loader = DataLoader(image_set, recipe.batch_size, sampler=indices, num_workers=workers)
         for images in loader:
             for part in images.to(device).split(micro):

@@ -13,7 +13,7 @@ import torch
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
 from afterimage.analysis.inversion.run import InversionInputs, from_data
 from afterimage.config import AfterimageError, RunConfig
-from afterimage.config.inversion import InvertConfig, error_images
+from afterimage.config.inversion import InvertConfig, num_error_images
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.queue import train_runs
 from afterimage.runtime.device import device_name
@@ -71,7 +71,7 @@ def _row(settings: Settings, what: str, goal: Goal, config: RunConfig) -> Row:
     # Of fewer images chance decides: the PSNR of one moves by some tenths of a dB from run to run.
     count = 2 if settings.quick else 8
     given = from_data(replace(config.data, limit_test=count), cache=root / "cache", progress=settings.say)
-    known = error_images(len(given.validation))
+    known = num_error_images(len(given.validation))
     errors = decoder_errors(reconstructor, given.validation, known, device)
     metrics = Metrics("squeeze", size=config.data.crop)
     if not metrics.lpips_status.available:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class Settings:
     quick: bool = False
     data: str = ""
     accelerator: str = "cpu"
-    say: Progress = silent
+    say: Progress = no_progress
     seconds: float = 120.0
     precision: str = "32-true"
 

@@ -17,8 +17,8 @@ from PIL import Image
 from afterimage.config import DataConfig
 from afterimage.config.errors import MAX_IMAGES
 from afterimage.data import dataset
-from afterimage.data.sampling import order
-from afterimage.runtime.process import in_parallel
+from afterimage.data.sampling import epoch_order
+from afterimage.runtime.process import parallel_map
 from afterimage.runtime.terminal import Progress
 from benchmarks.child import in_child
 from benchmarks.rows import Goal, Row
@@ -99,7 +99,7 @@ def _pass(source: str, cache: Path, streamed: bool, most: int | None) -> dict[st
     with mock.patch.object(dataset, "STREAM_ABOVE", 0 if streamed else MAX_IMAGES):
         train = dataset.load_data(DataConfig(source, resize=SIDE, crop=SIDE), cache=cache).train
     loaded, images, own = time.perf_counter(), 0, anonymous_bytes()
-    visit = order(len(train), 0, 0)[:most]
+    visit = epoch_order(len(train), 0, 0)[:most]
     for crops in train.batches((visit[i : i + BATCH] for i in range(0, len(visit), BATCH)), seed=0):
         images += len(crops)
         own = max(own, anonymous_bytes())
@@ -116,7 +116,7 @@ def anonymous_bytes() -> int:
 
 def write_small(folder: Path, kind: str, count: int, say: Progress) -> str:
     """Write JPEG images of random colours, as files or in tar files of `SHARD` images; return the source's name."""
-    images = in_parallel(_small, range(count), count, f"writing {count:,} images: {kind}", say)
+    images = parallel_map(_small, range(count), count, f"writing {count:,} images: {kind}", say)
     for shard in range(0, count, SHARD):
         own = enumerate(islice(images, min(SHARD, count - shard)), shard)
         if kind == "folder":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from afterimage.config import RunConfig, from_dict
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
-from afterimage.evaluation.evaluate import evaluating
+from afterimage.evaluation.evaluate import eval_mode
 from afterimage.evaluation.metrics import psnr
 from afterimage.models.layers.attention import compiled_attention
 from afterimage.models.reconstructor import MultiEncoder, build_feature_decoder
@@ -185,7 +185,7 @@ def _test_db(
     reconstruct: Callable[[Tensor], Tensor], decoder: nn.Module, data: Data, device: torch.device
 ) -> float:
     """Return the mean PSNR over the test images; frozen encoders are always in evaluation mode."""
-    with evaluating(decoder):
+    with eval_mode(decoder):
         values = [
             value
             for indices in torch.arange(len(data.test)).split(16)

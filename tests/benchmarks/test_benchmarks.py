@@ -18,7 +18,7 @@ from afterimage.config import (
 )
 from afterimage.data.dataset import load_data
 from afterimage.models.decoders import create_decoder
-from afterimage.runtime.terminal import silent
+from afterimage.runtime.terminal import no_progress
 from benchmarks import MEASUREMENTS, Settings, gpu, run_bench, scoring, training, work
 from benchmarks.__main__ import main
 from benchmarks.child import Outcome, in_child, peak_bytes
@@ -32,7 +32,7 @@ COUNTS = {"train": 12, "validation": 4, "test": 2}
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    return write_originals(tmp_path_factory.mktemp("originals"), COUNTS, 120, 80, silent)
+    return write_originals(tmp_path_factory.mktemp("originals"), COUNTS, 120, 80, no_progress)
 
 
 def run(data, decoder="attention", **recipe):

@@ -5,8 +5,8 @@ import pytest
 from afterimage.cli.study import Study
 from afterimage.config import AfterimageError, DecoderConfig, FusionConfig
 from afterimage.config.study import RowConfig, StudyConfig, load_study
-from afterimage.experiments.cost import plan
-from afterimage.experiments.study import expand
+from afterimage.experiments.cost import estimate_cost
+from afterimage.experiments.study import expand_study
 from test_cli import MODEL, SMALL, command  # noqa: F401
 from test_study import SMALL as STUDY
 
@@ -16,7 +16,7 @@ def test_flags_replace_the_studys_own_settings():
         "published", data="procedural:9", resize=80, size="64", limit_train=5, limit_validation=3, limit_test=2,
         epochs=2, batch_size=4, seeds=(7, 8), loss="mse", precision="bf16-mixed", weights="random", lpips="squeeze",
     )._changed(load_study("published"))  # fmt: skip
-    configs = expand(study)
+    configs = expand_study(study)
     assert len(configs) == 30 and {config.seed for config in configs} == {7, 8}
     for config in configs:
         data, recipe = config.data, config.recipe
@@ -37,11 +37,11 @@ def test_a_study_at_one_size():
     decoders = tuple(map(DecoderConfig, ("linear", "transposed", "residual")))
     study = StudyConfig(sources=STUDY.sources, rows=rows, decoders=decoders, data=STUDY.data)
     said = []
-    configs = expand(Study(parameters="200k")._changed(study), lambda what, *_: said.append(what))
+    configs = expand_study(Study(parameters="200k")._changed(study), lambda what, *_: said.append(what))
     assert said == ["the linear decoder has one size only, which it keeps beside 200,000"]
-    for one in map(plan, configs):
+    for one in map(estimate_cost, configs):
         if one.config.decoder.name == "linear":
-            assert one.config in expand(study)
+            assert one.config in expand_study(study)
         else:
             assert one.parameters == pytest.approx(200_000, rel=0.05)
 
@@ -49,13 +49,13 @@ def test_a_study_at_one_size():
 def test_a_study_file_may_say_4m(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(f'sources = ["{MODEL}:layer1"]\ndecoders = ["attention"]\nparameters = "4M"\n')
-    assert [config.decoder for config in expand(load_study(str(file)))] == [
+    assert [config.decoder for config in expand_study(load_study(str(file)))] == [
         DecoderConfig("attention", 4_000_000)
     ]
     file.write_text(
         f'sources = ["{MODEL}:layer1"]\ndecoders = [{{ name = "attention", parameters = "250k" }}]\n'
     )
-    assert [config.decoder.parameters for config in expand(load_study(str(file)))] == [250_000]
+    assert [config.decoder.parameters for config in expand_study(load_study(str(file)))] == [250_000]
     file.write_text(f'sources = ["{MODEL}:layer1"]\nparameters = "much"\n')
     with pytest.raises(AfterimageError, match=r"mine\.toml: parameters must be a whole number"):
         load_study(str(file))

@@ -13,11 +13,19 @@ from PIL import Image
 
 import afterimage
 from afterimage.cli import main
-from afterimage.config import shown
+from afterimage.config import printable_path
 from afterimage.config.audit import AuditConfig
 from afterimage.runs.files import read_json, write_atomic, write_csv, write_json
 from afterimage.runs.run import Run, scan
-from afterimage.runtime.terminal import Display, Writer, always_writable, complain, console, printable, say
+from afterimage.runtime.terminal import (
+    Display,
+    Writer,
+    always_writable,
+    console,
+    print_error,
+    print_lines,
+    printable,
+)
 
 SOURCE = Path(afterimage.__file__).parent
 MODEL = "test_resnet.r160_in1k"
@@ -63,11 +71,11 @@ def test_nothing_that_is_said_steers_the_terminal(text):
 
 def test_names_are_escaped_in_messages_tables_and_progress(capsys):
     name = os.fsdecode(b"a\xff\x1b[31m\n/[bold]:smile:")
-    say(shown(name))
+    print_lines(printable_path(name))
     screen = console(80)
     screen.print(name)
     Display()(name, 1, 1)
-    complain("afterimage", f"cannot read {name}\nafterimage: done")
+    print_error("afterimage", f"cannot read {name}\nafterimage: done")
     out, err = capsys.readouterr()
     assert "\x1b" not in out + err and "\udcff" not in out + err
     assert out.startswith("a\\xff\\x1b[31m\\n/[bold]:smile:\n") and err.count("[bold]:smile:") == 2
@@ -124,7 +132,7 @@ def test_output_that_cannot_be_written_ends_nothing_and_is_told_by_the_exit_code
     monkeypatch.setattr(sys, "stdout", Gone(error))
     done = []
     with pytest.raises(SystemExit) as ended, always_writable():
-        say("a line")
+        print_lines("a line")
         console(40).print("a line")
         done.append("went on")
     assert done and ended.value.code == 1
@@ -134,9 +142,9 @@ def test_output_that_cannot_be_written_ends_nothing_and_is_told_by_the_exit_code
 def test_a_log_that_cannot_be_written_changes_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Gone(OSError(28, "No space left on device")))
     with always_writable():
-        complain("afterimage", "lost")
+        print_error("afterimage", "lost")
         Display()("training", 1, 1)
-        say("kept")
+        print_lines("kept")
     assert capsys.readouterr().out == "kept\n"
     with pytest.raises(SystemExit) as ended, always_writable():
         raise SystemExit(3)
@@ -259,7 +267,7 @@ def test_files_of_tensors_are_read_whatever_their_path(odd):
     from safetensors.numpy import save
     from safetensors.torch import save as save_torch
 
-    from afterimage.analysis.audit.target import load_pairs
+    from afterimage.analysis.audit.target import load_stored_pairs
     from afterimage.models.weight_files import read_named_tensors
     from afterimage.training.checkpoint import load_tensors
 
@@ -278,5 +286,5 @@ def test_files_of_tensors_are_read_whatever_their_path(odd):
     sample_images = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
     arrays = {"images": sample_images, "features": np.zeros((10, 4), np.float32)}
     (folder / "pairs.safetensors").write_bytes(save(arrays))
-    _, store = load_pairs(AuditConfig(pairs=str(folder / "pairs.safetensors")).pairs)
+    _, store = load_stored_pairs(AuditConfig(pairs=str(folder / "pairs.safetensors")).pairs)
     assert [spec.source for spec in store.specs.values()] == ["pairs.safetensors:features"]

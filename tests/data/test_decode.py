@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
 from afterimage.config import AfterimageError
-from afterimage.data.decode import MAX_ASPECT, cover, decode, load_image
+from afterimage.data.decode import MAX_ASPECT, decode, load_image, resize_to_cover
 from some_images import png, some_image, swapped_profile
 
 
@@ -329,7 +329,7 @@ def test_a_damaged_file_is_a_image_or_an_error(kind, data):
 @settings(max_examples=60, deadline=None)
 def test_shorter_side_is_what_torchvision_does(width, height, size):
     sample_image = some_image(5, width, height)
-    result = cover(sample_image, size)
+    result = resize_to_cover(sample_image, size)
     assert min(result.size) == size
     if max(width, height) <= MAX_ASPECT * min(width, height):
         assert np.array_equal(result, reference.resize(sample_image, [size], InterpolationMode.BICUBIC))
@@ -339,13 +339,13 @@ def test_shorter_side_is_antialiased():
     sample_image = some_image(6, 300, 200)
     pixels = torch.from_numpy(np.array(sample_image)).permute(2, 0, 1)[None].float()
     expected = torch.nn.functional.interpolate(pixels, (50, 75), mode="bicubic", antialias=True)
-    result = torch.from_numpy(np.array(cover(sample_image, 50))).permute(2, 0, 1)
+    result = torch.from_numpy(np.array(resize_to_cover(sample_image, 50))).permute(2, 0, 1)
     assert (expected[0].clamp(0, 255) - result).abs().max() <= 1.01
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1), (3, 4000)])
 def test_strips_are_bounded(size):
-    result = cover(some_image(7, *size), 256)
+    result = resize_to_cover(some_image(7, *size), 256)
     assert min(result.size) == 256
     assert max(result.size) <= 256 * MAX_ASPECT
 
@@ -353,7 +353,7 @@ def test_strips_are_bounded(size):
 def test_a_strip_keeps_its_middle():
     strip = Image.new("RGB", (1000, 1))
     strip.putpixel((500, 0), (255, 255, 255))
-    bright = np.asarray(cover(strip, 8).convert("L"))[0].argmax()
+    bright = np.asarray(resize_to_cover(strip, 8).convert("L"))[0].argmax()
     assert abs(bright - 8 * MAX_ASPECT / 2) <= 8
 
 

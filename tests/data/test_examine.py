@@ -12,7 +12,7 @@ from afterimage.analysis.inversion.run import from_files
 from afterimage.config import SSIM_WINDOW, DataConfig
 from afterimage.data import dataset
 from afterimage.data.dataset import file_notes, load_data
-from afterimage.data.decode import Facts, examine, size_notes, value_notes
+from afterimage.data.decode import ImageStatistics, examine, size_notes, value_notes
 from afterimage.data.images import Data
 from some_images import some_image, write_images
 from some_shards import image_bytes, write_tar
@@ -43,9 +43,9 @@ def load(source, tmp_path, **settings) -> Data:
 def test_facts_are_of_the_image_before_it_is_resized():
     image = some_image(1, 40, 30)
     pixels = np.asarray(image)
-    expected = Facts(pixels.min(), pixels.max(), len(np.unique(pixels)), 0, 40, 30)
+    expected = ImageStatistics(pixels.min(), pixels.max(), len(np.unique(pixels)), 0, 40, 30)
     assert examine(image) == expected
-    assert examine(Image.new("RGB", (3, 5), (7, 7, 90))) == Facts(7, 90, 2, 1, 3, 5)
+    assert examine(Image.new("RGB", (3, 5), (7, 7, 90))) == ImageStatistics(7, 90, 2, 1, 3, 5)
 
 
 # What a row of images is, and what has to be said of it.
@@ -144,7 +144,7 @@ def test_streamed_images_say_what_was_not_examined(tmp_path, monkeypatch):
         kept = load(source, tmp_path, resize=60).notes
         assert not any("not examined" in note for note in kept)
         with monkeypatch.context() as patch:
-            patch.setattr(dataset, "STREAM_ABOVE", 10)
+            patch.setattr(dataset, "MAX_DECODED_IMAGES", 10)
             first = load(source, tmp_path, resize=60)
             assert load(source, tmp_path, resize=60).notes == first.notes
             # Test images of another source may be kept though the others are streamed.

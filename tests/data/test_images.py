@@ -9,10 +9,10 @@ from torchvision.transforms.functional import center_crop
 
 from afterimage.config import DataConfig
 from afterimage.data.dataset import load_data, prepare_image
-from afterimage.data.decode import Facts
+from afterimage.data.decode import ImageStatistics
 from afterimage.data.images import ImageSet, gather_crops
-from afterimage.data.pixel_cache import Blob, Slot
-from afterimage.data.sampling import centre_places, crop_places, order
+from afterimage.data.pixel_cache import PixelStore, Slot
+from afterimage.data.sampling import centre_crop_positions, epoch_order, random_crop_positions
 from some_images import some_image, write_images
 
 numbers = st.integers(-(2**70), 2**70)
@@ -23,28 +23,32 @@ def make_images(sizes: list[tuple[int, int]], crop: int | tuple[int, int]) -> Im
     parts, slots, offset = [], {}, 0
     for number, (height, width) in enumerate(sizes):
         parts.append(np.random.default_rng(number).integers(0, 256, 3 * height * width, np.uint8))
-        slots[f"content {number}"] = Slot(offset, height, width, 0, Facts(0, 255, 256, 0, width, height))
+        slots[f"content {number}"] = Slot(
+            offset, height, width, 0, ImageStatistics(0, 255, 256, 0, width, height)
+        )
         offset += 3 * height * width
     ids = [f"image {number}" for number in range(len(sizes))]
-    return ImageSet(ids, list(slots), Blob(np.concatenate(parts), slots, "none"), crop)
+    return ImageSet(ids, list(slots), PixelStore(np.concatenate(parts), slots, "none"), crop)
 
 
 @given(st.integers(0, 200), numbers, numbers)
 @settings(deadline=None)
 def test_order_is_a_permutation(n, seed, epoch):
-    result = order(n, seed, epoch)
+    result = epoch_order(n, seed, epoch)
     assert sorted(result.tolist()) == list(range(n))
-    assert np.array_equal(result, order(n, seed, epoch))
+    assert np.array_equal(result, epoch_order(n, seed, epoch))
 
 
 def test_order_never_changes_between_versions():
-    assert order(8, seed=42, epoch=0).tolist() == [6, 2, 1, 5, 4, 3, 7, 0]
-    assert not np.array_equal(order(100, 42, 0), order(100, 42, 1))
-    assert not np.array_equal(order(100, 42, 0), order(100, 43, 0))
+    assert epoch_order(8, seed=42, epoch=0).tolist() == [6, 2, 1, 5, 4, 3, 7, 0]
+    assert not np.array_equal(epoch_order(100, 42, 0), epoch_order(100, 42, 1))
+    assert not np.array_equal(epoch_order(100, 42, 0), epoch_order(100, 43, 0))
 
 
 def test_every_place_in_the_order_is_equally_likely():
-    first = np.bincount([order(5, seed, epoch)[0] for seed in range(50) for epoch in range(40)], minlength=5)
+    first = np.bincount(
+        [epoch_order(5, seed, epoch)[0] for seed in range(50) for epoch in range(40)], minlength=5
+    )
     assert abs(first / 2000 - 0.2).max() < 0.04
 
 
@@ -52,7 +56,7 @@ def test_every_place_in_the_order_is_equally_likely():
 @settings(deadline=None)
 def test_random_crops_fit(crop, down, right, seed, epoch, index):
     height, width = np.array([crop + down]), np.array([crop + right])
-    top, left, _ = crop_places(height, width, crop, np.array([index]), seed, epoch)
+    top, left, _ = random_crop_positions(height, width, crop, np.array([index]), seed, epoch)
     assert 0 <= top[0] <= down
     assert 0 <= left[0] <= right
 
@@ -60,7 +64,7 @@ def test_random_crops_fit(crop, down, right, seed, epoch, index):
 def test_random_crops_are_uniform_and_independent():
     n = 20_000
     sides = np.full(n, 227)
-    top, left, flip = crop_places(sides, sides, 224, np.arange(n), 42, 3)
+    top, left, flip = random_crop_positions(sides, sides, 224, np.arange(n), 42, 3)
     together = np.bincount(top * 8 + left * 2 + flip, minlength=32)
     assert abs(together / n * 32 - 1).max() < 0.15
 
@@ -72,7 +76,7 @@ def test_centre_crop_is_where_torchvision_takes_it(height, width, crop):
     rows = torch.arange(height)[:, None].expand(height, width)
     columns = torch.arange(width).expand(height, width)
     expected = center_crop(torch.stack([rows, columns]), [crop])[:, 0, 0]
-    top, left = centre_places(np.array([height]), np.array([width]), crop)
+    top, left = centre_crop_positions(np.array([height]), np.array([width]), crop)
     assert [top[0], left[0]] == expected.tolist()
 
 
@@ -88,7 +92,7 @@ def test_centre_crops_are_exact():
 @pytest.mark.parametrize("limit", [10**6, 0], ids=["kept", "streamed"])
 def test_crops_that_are_not_square(tmp_path, monkeypatch, limit):
     """An image is resized until it covers a box of the crop's shape, whose shorter side is `resize`."""
-    monkeypatch.setattr("afterimage.data.dataset.STREAM_ABOVE", limit)
+    monkeypatch.setattr("afterimage.data.dataset.MAX_DECODED_IMAGES", limit)
     folder = tmp_path / "images"
     folder.mkdir()
     for number, size in enumerate([(90, 60), (60, 90), (61, 61), (200, 50)]):
@@ -112,7 +116,7 @@ def test_crops_that_are_not_square(tmp_path, monkeypatch, limit):
 def test_random_crops_are_parts_of_the_image_flipped_or_not():
     sample_images = make_images([(30, 45)] * 12, crop=24)
     crops = sample_images.crops(range(12), seed=1, epoch=2)
-    top, left, flip = crop_places(np.full(12, 30), np.full(12, 45), 24, np.arange(12), 1, 2)
+    top, left, flip = random_crop_positions(np.full(12, 30), np.full(12, 45), 24, np.arange(12), 1, 2)
     assert flip.any() and not flip.all()
     for index, crop in enumerate(crops):
         part = sample_images.whole(index)[:, top[index] : top[index] + 24, left[index] : left[index] + 24]
@@ -137,7 +141,7 @@ def test_the_gather_on_a_device_equals_the_copies(seed, epoch, crop):
     sizes = [(20, 33), (41, 20), (20, 20), (29, 27), (20, 21), (22, 50)]
     sample_images = make_images(sizes, crop)
     heights, widths = np.array(sizes).T
-    top, left, flip = crop_places(heights, widths, crop, np.arange(6), seed, epoch)
+    top, left, flip = random_crop_positions(heights, widths, crop, np.arange(6), seed, epoch)
     offsets = np.array([sample_images.blob.slots[content].offset for content in sample_images.content])
     pixels = torch.from_numpy(sample_images.blob.pixels)
     crops = gather_crops(pixels, offsets + top * widths + left, heights, widths, flip, sample_images.size)
@@ -165,7 +169,7 @@ def test_crops_on_cuda_equal_those_on_the_cpu(monkeypatch):
     for seed in (None, 5):
         expected = sample_images.crops([2, 0, 1], seed=seed)
         assert torch.equal(sample_images.crops([2, 0, 1], seed=seed, device="cuda").cpu(), expected)
-    monkeypatch.setattr(Blob, "on", lambda self, device: None)
+    monkeypatch.setattr(PixelStore, "on", lambda self, device: None)
     assert torch.equal(sample_images.crops([2, 0, 1], seed=5, device="cuda").cpu(), expected)
 
 

@@ -16,14 +16,14 @@ from afterimage.config import AfterimageError, DataConfig
 from afterimage.data import pixel_cache as cache_module
 from afterimage.data import records
 from afterimage.data.dataset import cache_folder, load_data
-from afterimage.data.decode import Facts
+from afterimage.data.decode import ImageStatistics
 from afterimage.data.images import Data
 from afterimage.data.pixel_cache import map_blob
 from afterimage.data.records import FileDigests, FileOriginal
 from some_images import some_image, write_images
 
 COUNT = 12
-FACTS = Facts(0, 255, 256, 0, 4, 5)
+FACTS = ImageStatistics(0, 255, 256, 0, 4, 5)
 
 
 @pytest.fixture

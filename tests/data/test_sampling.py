@@ -12,8 +12,8 @@ from afterimage.data.sampling import (
     TRAINING,
     VALIDATION,
     nested_split,
+    parse_split_name,
     pooled_names,
-    read_name,
     split_names,
 )
 from afterimage.experiments.cost import training_images
@@ -67,7 +67,7 @@ def places(data: Data) -> dict[str, set[str]]:
     ],
 )
 def test_what_a_name_says(name, expected):
-    assert read_name(name) == expected
+    assert parse_split_name(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def paths(text: str) -> set[tuple[str, ...]]:
     ],
 )
 def test_nested_splits(found, depth, named):
-    assert nested_split(paths(found)) == (depth, {n: read_name(n)[0] for n in named})
+    assert nested_split(paths(found)) == (depth, {n: parse_split_name(n)[0] for n in named})
 
 
 @pytest.mark.parametrize("found", ["cat dog misc/train misc/test", "a/b c/d", ""])

@@ -14,7 +14,7 @@ from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.decode import BadImage
 from afterimage.data.records import FileDigests, FileOriginal, Original, PartOriginal
-from afterimage.data.sampling import Source, shuffled, split, take
+from afterimage.data.sampling import Source, shuffled, split, split_off
 from afterimage.data.sources import dead_leaves as procedural
 from afterimage.data.sources import read_source
 from afterimage.data.sources.dead_leaves import DeadLeaves, dead_leaves
@@ -103,7 +103,7 @@ def test_another_image_does_not_shuffle_the_others():
 @settings(deadline=None, max_examples=30)
 def test_a_group_stays_together(sizes, seed):
     originals = [Named(f"{g}-{n}", f"{g}") for g, size in enumerate(sizes) for n in range(size)]
-    taken, left = take(originals, 0.3, seed)
+    taken, left = split_off(originals, 0.3, seed)
     assert taken
     assert not {o.group for o in taken} & {o.group for o in left}
     assert len(taken) + len(left) == len(originals)

@@ -10,7 +10,7 @@ from afterimage.config import AfterimageError
 from afterimage.data import dataset
 from afterimage.data.duplicates import near_duplicates
 from afterimage.data.images import StreamedImages
-from afterimage.data.sampling import order
+from afterimage.data.sampling import epoch_order
 from some_images import write_images
 from some_shards import image_bytes, write_shards, write_tar
 from source_contract import load, streaming  # noqa: F401
@@ -36,16 +36,16 @@ def test_streaming_writes_no_pixels_and_says_what_it_leaves_out(source, tmp_path
 
 def test_as_many_images_as_are_kept_are_not_streamed(source, tmp_path, monkeypatch):
     for above, streamed in ((39, True), (40, False)):
-        monkeypatch.setattr(dataset, "STREAM_ABOVE", above)
+        monkeypatch.setattr(dataset, "MAX_DECODED_IMAGES", above)
         assert load(source, tmp_path / "cache").train.streamed == streamed
-    monkeypatch.setattr(dataset, "STREAM_ABOVE", 20)
+    monkeypatch.setattr(dataset, "MAX_DECODED_IMAGES", 20)
     assert not load(
         source, tmp_path / "cache", limit_train=10, limit_validation=5, limit_test=5
     ).train.streamed
 
 
 def test_another_source_may_test(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "STREAM_ABOVE", 10)
+    monkeypatch.setattr(dataset, "MAX_DECODED_IMAGES", 10)
     data = load(source, tmp_path / "cache", test="procedural:3")
     assert data.train.streamed and not data.test.streamed
     assert data.test.crops([0, 1, 2]).shape == (3, 3, 16, 16)
@@ -65,7 +65,7 @@ def test_a_test_image_that_trains_is_refused_and_copies_are_counted(tmp_path):
 
 def test_batches_depend_on_their_indices_alone(source, tmp_path):
     train = load(source, tmp_path / "cache").train
-    visit = order(len(train), 1, 3)
+    visit = epoch_order(len(train), 1, 3)
     chunks = [visit[start : start + 4] for start in range(0, len(visit), 4)]
     everything = list(train.batches(iter(chunks), seed=1, epoch=3))
     assert [len(batch) for batch in everything] == [len(chunk) for chunk in chunks]

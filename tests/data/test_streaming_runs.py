@@ -12,7 +12,7 @@ from afterimage.data.sources.huggingface import RowOriginal
 from afterimage.experiments.queue import train_runs
 from afterimage.runs.run import scan
 from afterimage.runtime.process import Stopped
-from afterimage.runtime.terminal import silent
+from afterimage.runtime.terminal import no_progress
 from benchmarks.child import in_child
 from benchmarks.stream import write_small
 from children import result, small_configs
@@ -22,7 +22,7 @@ from test_cli import MODEL, SMALL, command  # noqa: F401
 
 @pytest.fixture(autouse=True)
 def streaming(monkeypatch):
-    monkeypatch.setattr(dataset, "STREAM_ABOVE", 0)
+    monkeypatch.setattr(dataset, "MAX_DECODED_IMAGES", 0)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def learned(runs):
 def test_a_decoder_learns_the_same_whichever_way_its_images_come(sample_images, shard, tmp_path, monkeypatch):
     chosen = configs(f"webdataset:{shard}", sample_images)
     ways = [go(chosen, tmp_path, "streamed")]
-    monkeypatch.setattr(dataset, "STREAM_ABOVE", 50_000)
+    monkeypatch.setattr(dataset, "MAX_DECODED_IMAGES", 50_000)
     ways.append(go(chosen, tmp_path, "kept"))
     assert learned(ways[0]) == learned(ways[1])
     for run in ways[0]:
@@ -130,7 +130,7 @@ def test_memory_stays_flat_from_a_thousand_to_twenty_thousand_images(tmp_path):
         sources = []
         for kind in ("webdataset", "folder"):
             (tmp_path / f"{kind}-{count}").mkdir()
-            sources.append(write_small(tmp_path / f"{kind}-{count}", kind, count, silent))
+            sources.append(write_small(tmp_path / f"{kind}-{count}", kind, count, no_progress))
         work = {"sources": sources, "cache": str(tmp_path / "cache"), "streamed": True, "most": 3_000}
         outcome = in_child("stream:passes", **work)
         assert [p["images"] for p in outcome.value] == [min(3_000, round(0.72 * count))] * 2

@@ -8,10 +8,10 @@ from torch import nn
 from afterimage.config import AfterimageError
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import (
+    eval_mode,
     evaluate,
-    evaluate_together,
-    evaluating,
-    reconstructions,
+    evaluate_batches,
+    reconstruct_batches,
     score_notes,
     summarise,
     to_uint8,
@@ -79,8 +79,8 @@ def test_together_is_each_alone_and_asks_once(sample_images, metrics):
         calls.append(len(images))
         return [darker(images), 1 - images]
 
-    batches = reconstructions(both, sample_images, batch_size=4)
-    first, second = evaluate_together(batches, sample_images.ids, metrics)
+    batches = reconstruct_batches(both, sample_images, batch_size=4)
+    first, second = evaluate_batches(batches, sample_images.ids, metrics)
     assert calls == [4, 3]
     assert first.rows == evaluate(darker, sample_images, metrics, batch_size=4).rows
     assert second.rows == evaluate(lambda images: 1 - images, sample_images, metrics, batch_size=4).rows
@@ -129,7 +129,7 @@ def test_a_module_is_measured_in_evaluation_mode_which_is_taken_back(sample_imag
     rows = evaluate(module, sample_images, metrics).rows
     assert all(row["psnr"] == PSNR_CAP for row in rows)
     assert (module.training, module.trained.training, module.frozen.training) == (True, True, False)
-    with pytest.raises(ZeroDivisionError), evaluating(module):
+    with pytest.raises(ZeroDivisionError), eval_mode(module):
         assert not module.trained.training
         raise ZeroDivisionError
     assert (module.training, module.trained.training, module.frozen.training) == (True, True, False)
@@ -175,8 +175,8 @@ def test_a_bad_reconstruction_is_an_error_that_names_the_image(sample_images, me
     with pytest.raises(AfterimageError, match=f"the reconstruction of image image-4 .*{message}"):
         evaluate(spoiled(value), sample_images, metrics, batch_size=3)
     with pytest.raises(AfterimageError, match="the reconstruction by second of image image-4"):
-        batches = reconstructions(lambda images: [images, spoiled(value)(images)], sample_images)
-        evaluate_together(batches, sample_images.ids, metrics, names=["first", "second"])
+        batches = reconstruct_batches(lambda images: [images, spoiled(value)(images)], sample_images)
+        evaluate_batches(batches, sample_images.ids, metrics, names=["first", "second"])
 
 
 def test_a_reconstruction_of_another_size_is_an_error(sample_images, metrics):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from afterimage.config import LPIPS_NETS, LPIPS_SMALLEST, AfterimageError
-from afterimage.evaluation.metrics import PSNR_CAP, Metrics, check, psnr, ssim
+from afterimage.config import LPIPS_MIN_SIDE, LPIPS_NETS, AfterimageError
+from afterimage.evaluation.metrics import PSNR_CAP, Metrics, check_pair, psnr, ssim
 from afterimage.models.lpips import BACKBONES, LPIPS
 
 
@@ -186,7 +186,7 @@ def test_rounding_outside_the_range_is_accepted():
 )
 def test_wrong_shapes_and_types_raise(prediction, target, message):
     with pytest.raises(AfterimageError, match=message):
-        check(prediction, target)
+        check_pair(prediction, target)
 
 
 def test_ssim_needs_eleven_pixels():
@@ -257,7 +257,7 @@ def test_lpips_is_a_symmetric_distance_per_image(lpips_pair):
 
 def test_lpips_takes_its_smallest_image_and_refuses_smaller(lpips_pair):
     ours, _ = lpips_pair
-    size = LPIPS_SMALLEST[ours.net]
+    size = LPIPS_MIN_SIDE[ours.net]
     assert ours(noise(1, 3, size, size), noise(1, 3, size, size, seed=1)).isfinite().all()
     with pytest.raises(AfterimageError, match=f"{size}x{size} or more, got {size - 1}x{size}"):
         ours(noise(1, 3, size - 1, size), noise(1, 3, size - 1, size))

@@ -12,7 +12,7 @@ from afterimage.experiments import queue as jobs
 from afterimage.models.decoders import DECODERS
 from afterimage.models.fusion import FUSIONS
 from afterimage.runs.run import TRACEBACK, Run
-from afterimage.runtime.failures import Unexpected, as_error, let_go, one_line
+from afterimage.runtime.failures import UnexpectedError, clear_error_frames, one_line, to_afterimage_error
 from afterimage.training.losses import LOSSES
 from children import MODEL, result, small_configs
 from rank_children import break_an_encoder, fail_in_step, run_ranks, train_ranks
@@ -34,7 +34,7 @@ def go(cache, tmp_path):
 def check_failed(run, failures, error):
     """The run is recorded as failed by an exception that nobody foresaw, with its traceback, and told in one line."""
     (told,) = failures
-    assert isinstance(told, Unexpected) and "\n" not in str(told)
+    assert isinstance(told, UnexpectedError) and "\n" not in str(told)
     line = one_line(error)
     if isinstance(error, StopIteration):  # which Python lets no generator raise
         line = "RuntimeError: generator raised StopIteration"
@@ -133,7 +133,7 @@ def test_an_unknown_layer_ends_its_own_row_with_its_own_message(go, sample_image
     runs, failures = go(unknown, *small_configs(sample_images))
     assert [result(run) for run in runs[1:]] == whole
     (error,) = failures
-    assert not isinstance(error, Unexpected) and unknown.name in str(error)
+    assert not isinstance(error, UnexpectedError) and unknown.name in str(error)
     assert "nolayer" in runs[0].status["error"] and "layer1" in runs[0].status["error"]
 
 
@@ -220,16 +220,16 @@ def test_what_progress_raises_is_the_callers_own(go, sample_images):
 
 def test_without_a_list_the_first_failure_is_raised(go, sample_images, monkeypatch):
     monkeypatch.setitem(DECODERS, "broken", decoder("step", BUG))
-    with pytest.raises(Unexpected, match="RuntimeError: a bug in somebody's code") as caught:
+    with pytest.raises(UnexpectedError, match="RuntimeError: a bug in somebody's code") as caught:
         go(beside(sample_images, decoder=DecoderConfig("broken")), failures=None)
     assert caught.value.__cause__ is BUG
 
 
 def test_names_that_are_not_utf_8_and_long_words_can_be_told(tmp_path):
     error = OSError(2, "no such file", "caf\udce9.png")
-    told = str(as_error(error, "a run"))
+    told = str(to_afterimage_error(error, "a run"))
     assert told.encode() and "caf" in told
-    assert len(str(as_error(RuntimeError("x" * 5000), "a run"))) < 600
+    assert len(str(to_afterimage_error(RuntimeError("x" * 5000), "a run"))) < 600
 
 
 def test_what_frames_hold_is_let_go():
@@ -251,7 +251,7 @@ def test_what_frames_hold_is_let_go():
     try:
         work()
     except RuntimeError as error:
-        let_go(error)
+        clear_error_frames(error)
         gc.collect()
         assert held[0]() is None and "then" in "".join(traceback.format_exception(error))
 

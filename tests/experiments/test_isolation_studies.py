@@ -13,10 +13,10 @@ from afterimage.config import DataConfig, DecoderConfig, FusionConfig, RecipeCon
 from afterimage.config.study import RowConfig, StudyConfig
 from afterimage.evaluation import baselines
 from afterimage.evaluation.baselines import run_baselines
-from afterimage.experiments.study import FAILURES, expand, run_study
+from afterimage.experiments.study import FAILURES, expand_study, run_study
 from afterimage.models.decoders import DECODERS
 from afterimage.runs.run import TRACEBACK, Run, scan
-from afterimage.runtime.failures import Unexpected
+from afterimage.runtime.failures import UnexpectedError
 from children import MODEL, result
 from stand_ins import decoder
 
@@ -76,7 +76,7 @@ def test_rows_that_cannot_be_resolved_end_no_others(whole, cache, tmp_path, monk
     assert len(failures) == 5
     for source, error in zip((*UNRESOLVED, "resnet34:layer*"), failures, strict=False):
         assert source in str(error) and "\n" not in str(error)
-    assert isinstance(failures[3], Unexpected) and f"{MODEL}:layer1 + resnt18:layer1" in str(failures[4])
+    assert isinstance(failures[3], UnexpectedError) and f"{MODEL}:layer1 + resnt18:layer1" in str(failures[4])
     written = (tmp_path / FAILURES).read_text()
     assert all(str(error) in written for error in failures)
     assert written.count("Traceback") == 1 and "in tracing" in written
@@ -86,7 +86,7 @@ def test_rows_that_cannot_be_resolved_end_no_others(whole, cache, tmp_path, monk
 
 def test_without_a_list_the_first_row_that_fails_is_raised():
     with pytest.raises(AfterimageError, match="did you mean 'resnet18'"):
-        expand(replace(STUDY, sources=(*STUDY.sources, "resnt18:layer1")))
+        expand_study(replace(STUDY, sources=(*STUDY.sources, "resnt18:layer1")))
 
 
 def test_a_setting_that_is_none_is_told_before_anything_is_done(cache, tmp_path):
@@ -130,7 +130,7 @@ def test_images_that_baselines_cannot_have_end_no_run(whole, cache, tmp_path, mo
 
 def test_a_part_of_the_controls_that_raises_ends_itself_alone(whole, cache, tmp_path, monkeypatch):
     runs, _ = run_study(replace(STUDY, baselines=False), tmp_path, cache=cache, accelerator="cpu")
-    add, calls = measure._Rates.add, []
+    add, calls = measure._RateDistortionMeasure.add, []
 
     def adding(self, ids, *others):
         calls.append(ids)
@@ -138,7 +138,7 @@ def test_a_part_of_the_controls_that_raises_ends_itself_alone(whole, cache, tmp_
             raise BUG
         add(self, ids, *others)
 
-    monkeypatch.setattr(measure._Rates, "add", adding)
+    monkeypatch.setattr(measure._RateDistortionMeasure, "add", adding)
     failures = run_controls(runs, cache=cache, accelerator="cpu")
     (error,) = failures
     assert "rate_distortion of " + runs[0].name in str(error) and "\n" not in str(error)

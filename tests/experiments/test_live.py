@@ -99,7 +99,7 @@ def test_fitted_defences_of_all_sources_of_a_fusion_are_kept(tmp_path, monkeypat
     data, sources = DataConfig("photographs", resize=48, crop=32), (f"{model}:layer1", f"{model}:layer2")
     config = dataclasses.replace(config, data=data, sources=sources, fusion=FusionConfig("aligned"))
     (run,) = train_runs([config], tmp_path / "runs", cache=tmp_path / "cache", accelerator="cpu")
-    monkeypatch.setattr(live, "KEPT", 1)
+    monkeypatch.setattr(live, "CACHE_SIZE", 1)
     create, created = live.create_defence, []
     monkeypatch.setattr(
         live, "create_defence", lambda text, *a, **o: created.append(text) or create(text, *a, **o)

@@ -139,7 +139,7 @@ def pace(monkeypatch, tmp_path):
 @pytest.fixture
 def unseen(monkeypatch):
     """Workers look for another folder than this machine has."""
-    monkeypatch.setattr("afterimage.experiments.ray.driver.identify", lambda *_: (0, 0))
+    monkeypatch.setattr("afterimage.experiments.ray.driver.folder_identity", lambda *_: (0, 0))
 
 
 class Watcher:
@@ -367,7 +367,7 @@ def test_bounds_are_the_local_ones_and_a_killed_worker_goes_on_from_its_batches(
     for one, other in zip(there, here, strict=True):
         assert one.result.scores == other.result.scores
 
-    monkeypatch.setattr("afterimage.experiments.ray.driver.identify", lambda *_: (0, 0))
+    monkeypatch.setattr("afterimage.experiments.ray.driver.folder_identity", lambda *_: (0, 0))
     shutil.rmtree(bounds[0].path)
     watcher = Watcher()
     again = find_bounds_on_ray(trained, study, tmp_path / "ray", [], progress=watcher, **options)

@@ -12,11 +12,11 @@ from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RunConfig
 from afterimage.config.study import StudyConfig
 from afterimage.experiments.ray import driver
-from afterimage.experiments.ray.cluster import BASE_BYTES, describe, group_bytes, share_machines
+from afterimage.experiments.ray.cluster import BASE_BYTES, allocate_resources, describe, group_bytes
 from afterimage.experiments.ray.driver import find_bounds_on_ray
-from afterimage.experiments.ray.worker import identify, pack, unpack
+from afterimage.experiments.ray.worker import folder_identity, pack, unpack
 from afterimage.runs.run import Run
-from afterimage.runtime.terminal import Display, silent
+from afterimage.runtime.terminal import Display, no_progress
 
 MODEL = "test_resnet.r160_in1k"
 GIB = 2**30
@@ -43,7 +43,7 @@ def node(cpus, memory=8 * GIB, gpus=0, alive=True):
     ],
 )
 def test_groups_share_the_machines(count, nodes, accelerator, cpus, expected):
-    needs = share_machines([3 * GIB] * count, nodes, accelerator=accelerator, cpus=cpus, log=silent)
+    needs = allocate_resources([3 * GIB] * count, nodes, accelerator=accelerator, cpus=cpus, log=no_progress)
     assert {(need["num_cpus"], need["num_gpus"]) for need in needs} == {expected} and len(needs) == count
     assert {need["memory"] for need in needs} == {BASE_BYTES if expected[1] else 3 * GIB}
 
@@ -59,12 +59,12 @@ def test_groups_share_the_machines(count, nodes, accelerator, cpus, expected):
 )
 def test_what_no_machine_has_is_refused(nodes, accelerator, cpus, message):
     with pytest.raises(AfterimageError, match=message):
-        share_machines([GIB], nodes, accelerator=accelerator, cpus=cpus, log=silent)
+        allocate_resources([GIB], nodes, accelerator=accelerator, cpus=cpus, log=no_progress)
 
 
 def test_a_group_larger_than_any_machine_is_said():
     said = []
-    (need,) = share_machines([20 * GIB], [node(4)], accelerator="auto", cpus=None, log=said.append)
+    (need,) = allocate_resources([20 * GIB], [node(4)], accelerator="auto", cpus=None, log=said.append)
     assert need["memory"] == 8 * GIB and "20.0 GiB" in said[0] and "may run out" in said[0]
     assert describe(need) == "4 CPUs, 8.0 GiB"
     assert describe({"num_cpus": 1, "num_gpus": 1, "memory": GIB}) == "1 CPU, 1 GPU, 1.0 GiB"
@@ -132,9 +132,13 @@ def test_folders_of_one_path_are_told_apart(tmp_path):
     config = RunConfig((f"{MODEL}:layer2",))
     for name in ("one", "other"):
         Run.create(tmp_path / name, config)
-    one = identify(str(tmp_path / "one"), config)
-    assert one == identify(str(tmp_path / "one"), config) != identify(str(tmp_path / "other"), config)
-    assert identify(str(tmp_path / "none"), config) is None
+    one = folder_identity(str(tmp_path / "one"), config)
+    assert (
+        one
+        == folder_identity(str(tmp_path / "one"), config)
+        != folder_identity(str(tmp_path / "other"), config)
+    )
+    assert folder_identity(str(tmp_path / "none"), config) is None
 
 
 def test_without_ray_the_command_to_install_it_is_said(monkeypatch, tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from afterimage.cli import main
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.config.study import StudyConfig
-from afterimage.experiments.study import expand
+from afterimage.experiments.study import expand_study
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.runs.files import read_csv
 from afterimage.runs.run import scan
@@ -80,7 +80,7 @@ def test_a_study_at_each_encoders_own_size():
     study = StudyConfig(
         sources=("test_resnet.r160_in1k:layer1", "resnet18.tv_in1k:layer*"), data=DataConfig(crop="native")
     )
-    sizes = {config.sources[0]: (config.data.crop, config.data.resize) for config in expand(study)}
+    sizes = {config.sources[0]: (config.data.crop, config.data.resize) for config in expand_study(study)}
     assert sizes == {
         "test_resnet.r160_in1k:layer1": (160, 256),
         **{f"resnet18.tv_in1k:layer{n}": (224, 256) for n in (1, 2, 3, 4)},

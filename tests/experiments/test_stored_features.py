@@ -25,7 +25,7 @@ from afterimage.data.feature_store import open_store
 from afterimage.data.store_files import index_path
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.extract import Extraction, extract
-from afterimage.experiments.inference import evaluate_run, rebuild
+from afterimage.experiments.inference import evaluate_run, reconstruct_files
 from afterimage.experiments.queue import train_runs
 from afterimage.experiments.reproduce import verify_runs
 from afterimage.runs.run import Run
@@ -123,16 +123,16 @@ def test_a_run_that_was_killed_goes_on(configs, store, cache, trained, tmp_path)
 def test_images_of_the_store_are_rebuilt_others_need_the_encoder(trained, sample_images, tmp_path):
     run = trained[1][0]
     metrics = Metrics("alex", size=32)
-    (inside,) = rebuild([sample_images / "03.png"], run, metrics)
-    (expected,) = rebuild([sample_images / "03.png"], trained[0][0], metrics)
+    (inside,) = reconstruct_files([sample_images / "03.png"], run, metrics)
+    (expected,) = reconstruct_files([sample_images / "03.png"], trained[0][0], metrics)
     assert np.abs(inside.image.astype(int) - expected.image).max() <= 1
     other = small_images(tmp_path / "other", 21) / "20.png"
     with pytest.raises(AfterimageError, match=rf"no features of an image.*{MODEL}: --weights random"):
-        rebuild([other], run, metrics)
-    (outside,) = rebuild([other], run, metrics, weights="random")
+        reconstruct_files([other], run, metrics)
+    (outside,) = reconstruct_files([other], run, metrics, weights="random")
     assert outside.scores["psnr"] > 5
     with pytest.raises(AfterimageError, match="was trained on weights"):
-        rebuild([other], run, metrics, weights="random-init")
+        reconstruct_files([other], run, metrics, weights="random-init")
 
 
 def command(tmp_path, monkeypatch, capsys, cache):

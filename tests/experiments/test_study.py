@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from afterimage.analysis.inversion.best_estimate import learning_macs
+from afterimage.analysis.inversion.best_estimate import corrector_training_macs
 from afterimage.config import (
     RANDOM_WEIGHTS,
     AfterimageError,
@@ -16,11 +16,11 @@ from afterimage.config import (
     load_toml,
 )
 from afterimage.config.inversion import EstimateConfig, InvertConfig
-from afterimage.config.study import RowConfig, StudyConfig, from_models, load_study, shipped
+from afterimage.config.study import RowConfig, StudyConfig, load_study, shipped, study_from_models
 from afterimage.data.dataset import load_data
 from afterimage.experiments import cost
-from afterimage.experiments.cost import plan
-from afterimage.experiments.study import expand, run_study
+from afterimage.experiments.cost import estimate_cost
+from afterimage.experiments.study import expand_study, run_study
 from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.report.write import write_report
 from afterimage.training.checkpoint import load_reconstructor
@@ -43,15 +43,15 @@ def test_shipped_studies_resolve(name):
     assert study.title
     elsewhere = name.startswith("modern") or name == "atlas"  # in test_modern_encoders.py
     if study.missing_weights == "error" and not elsewhere:
-        assert all(":" in source for config in expand(study) for source in config.sources)
+        assert all(":" in source for config in expand_study(study) for source in config.sources)
 
 
 def test_the_published_study_is_the_published_one():
-    configs = expand(load_study("published"))
+    configs = expand_study(load_study("published"))
     assert len(configs) == 15
     rows = {config.sources[0]: config for config in configs if config.decoder.name == "attention"}
     assert len(rows) == 14
-    sizes = {one.config.sources[0]: one.parameters for one in map(plan, configs[:14])}
+    sizes = {one.config.sources[0]: one.parameters for one in map(estimate_cost, configs[:14])}
     for source, _, parameters in PUBLISHED:
         assert sizes[source] == parameters
     fusion = configs[-1]
@@ -70,7 +70,7 @@ def test_globs_lists_and_rows():
         seeds=(1, 2),
         rows=(RowConfig((f"{MODEL}:layer3",), (DecoderConfig("linear"),), recipe={"epochs": 1}),),
     )
-    configs = expand(study)
+    configs = expand_study(study)
     assert len(configs) == 2 * 2 * 2 + 2
     assert configs[-1].recipe.epochs == 1 and configs[0].recipe.epochs == 30
     assert {config.sources for config in configs} == {(f"{MODEL}:layer{i}",) for i in (1, 2, 3)}
@@ -89,7 +89,7 @@ def test_globs_lists_and_rows():
 )
 def test_what_does_not_resolve_is_named(study, message):
     with pytest.raises(AfterimageError, match=message):
-        expand(study)
+        expand_study(study)
 
 
 def test_unknown_studies_are_named(tmp_path):
@@ -198,22 +198,26 @@ def test_random_weights_only_where_the_study_says_so(kind, monkeypatch):
     monkeypatch.setattr(TimmNetwork, "find_weights", nothing)
     study = replace(SMALL, weights="pretrained", missing_weights=kind)
     said = []
-    configs = expand(study, lambda what, *_: said.append(what))
+    configs = expand_study(study, lambda what, *_: said.append(what))
     assert {config.weights for config in configs} == {kind} and all(kind in config.name for config in configs)
     assert len(said) == 1 and f"{kind.upper()} weights" in said[0] and MODEL in said[0]
     for asked in RANDOM_WEIGHTS:  # a control that was asked for is not missing
-        assert {config.weights for config in expand(replace(study, weights=asked))} == {asked}
-    assert {config.weights for config in expand(replace(study, missing_weights="error"))} == {"pretrained"}
+        assert {config.weights for config in expand_study(replace(study, weights=asked))} == {asked}
+    assert {config.weights for config in expand_study(replace(study, missing_weights="error"))} == {
+        "pretrained"
+    }
 
 
 def test_a_study_without_a_file():
-    study = from_models([MODEL], ["layer*"], ["linear"])
-    assert [config.sources[0] for config in expand(study)] == [f"{MODEL}:layer{i}" for i in (1, 2, 3, 4)]
+    study = study_from_models([MODEL], ["layer*"], ["linear"])
+    assert [config.sources[0] for config in expand_study(study)] == [
+        f"{MODEL}:layer{i}" for i in (1, 2, 3, 4)
+    ]
 
 
 def test_a_plan_starts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plans = list(map(plan, expand(SMALL)))
+    plans = list(map(estimate_cost, expand_study(SMALL)))
     assert [one.parameters > 0 and one.seconds > 0 and one.bytes > 0 for one in plans] == [True] * 4
     assert [one.epochs for one in plans] == [1, 2, 1, 2]  # `linear` is solved in closed form
     assert not list(tmp_path.iterdir())
@@ -224,17 +228,19 @@ def test_a_plan_counts_attention_and_the_sums_of_a_closed_form():
     sources = ("test_resnet.r160_in1k:layer1",)
     data = DataConfig("procedural:20", resize=128, crop=128)
     config = RunConfig(sources, "random", decoder=DecoderConfig("attention", options={"depth": 1}), data=data)
-    spec = plan(config).specs[0]
+    spec = estimate_cost(config).specs[0]
     n = spec.height * spec.width
     assert n >= 512  # where other code than the built-in kernel may attend
     whole, none = (
-        plan(replace(config, decoder=DecoderConfig("attention", options={"depth": depth}))).decoder_macs
+        estimate_cost(
+            replace(config, decoder=DecoderConfig("attention", options={"depth": depth}))
+        ).decoder_macs
         for depth in (1, 0)
     )
     assert whole - none > 2 * n * n * spec.channels
     head = build_feature_decoder(config, [spec])
     assert head.macs([spec]) == whole and head.training
-    linear = plan(replace(config, decoder=DecoderConfig("linear")))
+    linear = estimate_cost(replace(config, decoder=DecoderConfig("linear")))
     assert linear.bytes > 2 * 8 * (9 * spec.channels + 1) ** 2
     decoder = build_feature_decoder(replace(config, decoder=DecoderConfig("linear")), [spec]).decoder
     rows, inputs = 16 * n, 9 * spec.channels + 1  # every location of 16 images, seen once or twice
@@ -245,7 +251,7 @@ def test_the_plan_says_what_measured_bounds_cost(capsys, monkeypatch):
     from afterimage.cli.study import print_plan
 
     study = replace(SMALL, baselines=False, invert=3, inversion=InvertConfig(steps=50, held_out=5))
-    configs = expand(study)[:1]
+    configs = expand_study(study)[:1]
     monkeypatch.setattr(cost, "macs_per_second", lambda: 1e9)
     seconds = []
     for learn, said in (
@@ -259,6 +265,6 @@ def test_the_plan_says_what_measured_bounds_cost(capsys, monkeypatch):
         minutes, rest = re.search(r"backward each: ~(?:(\d+):)?(\d+)", out).groups()
         seconds.append(60 * int(minutes or 0) + int(rest))
     # Two more images are refined, and the estimates' network learns.
-    assert seconds[0] - seconds[1] > learning_macs(EstimateConfig(images=7), (64, 64)) / 1e9
+    assert seconds[0] - seconds[1] > corrector_training_macs(EstimateConfig(images=7), (64, 64)) / 1e9
     print_plan(configs, replace(study, invert=0))
     assert "measured bounds" not in capsys.readouterr().out

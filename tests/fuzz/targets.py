@@ -70,7 +70,7 @@ def study(data: bytes) -> None:
     from afterimage.config.audit import AuditConfig
     from afterimage.config.inversion import InvertConfig
     from afterimage.config.study import load_study
-    from afterimage.experiments.study import expand
+    from afterimage.experiments.study import expand_study
 
     with file("study.toml", data) as path:
         for kind in (RunConfig, BaselineConfig, AuditConfig, InvertConfig):
@@ -91,7 +91,7 @@ def study(data: bytes) -> None:
     found = dataclasses.replace(
         found, missing_weights="error", controls=False, lpips="alex" if found.lpips == "any" else found.lpips
     )
-    for config in refused(expand, found) or ():
+    for config in refused(expand_study, found) or ():
         _round_trip(config)
         _build(config)
 
@@ -159,7 +159,7 @@ def run_folder(data: bytes) -> Iterator[tuple[Run, Run]]:
 def run(data: bytes) -> None:
     """A run folder as tables, statistics and the page's data read it; a sound run beside it is always shown."""
     from afterimage.report.controls import control_findings
-    from afterimage.report.page.images import embed, gather
+    from afterimage.report.page.images import collect_images, embed
     from afterimage.report.page.page import describe_rows
     from afterimage.report.rows import read_rows
     from afterimage.report.tables import csv_table, latex_table, markdown_table
@@ -178,7 +178,7 @@ def run(data: bytes) -> None:
             for cell in line:
                 assert not cell.startswith(("=", "@", "+", "-", "\t", "\r")) or _is_number(cell), cell
         control_findings(rows.decoders)
-        sample_images = refused(gather, rows.all)
+        sample_images = refused(collect_images, rows.all)
         if sample_images is not None:
             describe_rows(rows, sample_images)
             refused(embed, sample_images, 10**6)
@@ -251,17 +251,17 @@ def image(data: bytes) -> None:
     with mock.patch.object(decode, "MAX_PIXELS", 2**22):
         found = refused(decode.decode, data, "image")
         if found is not None:
-            small = decode.cover(found, 16)
+            small = decode.resize_to_cover(found, 16)
             assert found.mode == "RGB" and min(small.size) == 16 and max(small.size) <= 16 * decode.MAX_ASPECT
 
 
 def pairs(data: bytes) -> None:
     """Stored features and their images, as each kind of file they may be in."""
-    from afterimage.analysis.audit.target import load_pairs
+    from afterimage.analysis.audit.target import load_stored_pairs
 
     ends = {b"PK": ".npz", b"PA": ".parquet"}
     with file(f"pairs{ends.get(data[:2], '.safetensors')}", data) as path:
-        found = refused(load_pairs, path)
+        found = refused(load_stored_pairs, path)
     if found is not None:
         data, store = found
         images = data.test.crops(list(range(len(data.test))))

@@ -10,7 +10,7 @@ import pytest
 import afterimage
 import report_study
 from afterimage import AfterimageError
-from afterimage.report.page.images import gather
+from afterimage.report.page.images import collect_images
 from afterimage.report.rows import read_rows
 from afterimage.report.write import write_report
 from afterimage.runs.files import read_csv, read_json, sha256
@@ -33,7 +33,7 @@ def test_a_link_out_of_a_run_folder_is_not_followed(run, tmp_path, what):
     shutil.move(place, moved)
     place.symlink_to(moved)
     with pytest.raises(AfterimageError, match="which is no file of its folder"):
-        gather(read_rows([run]).all)
+        collect_images(read_rows([run]).all)
 
 
 def test_images_of_a_run_are_png_and_no_program_is_started_for_others(run, monkeypatch):

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from afterimage import AfterimageError, Reconstructor, load_reconstructor, train_runs
 from afterimage.cli import main
-from afterimage.cli.shared import find_named
+from afterimage.cli.shared import find_local_or_hub_runs
 from afterimage.models.hub import pull, pull_all, pull_table
 from afterimage.runs.repository import CARD, DECODER, FILES, IMAGE_GRID, MANIFEST, SCORES_TABLE, TABLE
 from children import MODEL, small_configs
@@ -155,7 +155,7 @@ def test_several_decoders_lie_side_by_side(hub, runs, capsys):
     found = pull_all(f"hub:{NAME}@{commit}")
     assert {run.address for run in found} == {f"hub:{NAME}/{run.name}@{commit}" for run in runs}
     assert pull_all(f"{NAME}/{runs[1].name}") == [run for run in found if runs[1].name in run.address]
-    assert find_named((f"hub:{NAME}", str(runs[0].path))) == [runs[0], *found]
+    assert find_local_or_hub_runs((f"hub:{NAME}", str(runs[0].path))) == [runs[0], *found]
     with pytest.raises(AfterimageError, match=r"unknown decoder 'linear'"):
         pull(f"{NAME}/linear")
 

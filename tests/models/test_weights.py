@@ -17,7 +17,7 @@ from safetensors.torch import save, save_file
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.providers import open_network, resolve
+from afterimage.models.encoders.providers import open_network, resolve_source
 from afterimage.models.encoders.providers.timm import resolve_model
 from afterimage.models.encoders.tracing import list_layers
 from afterimage.models.lpips import find_lpips_weights
@@ -409,7 +409,7 @@ def test_a_timm_model_may_be_named_as_on_the_hub(form):
         ("resnet18.tv_in1k", "resnet18.tv_in1k"),
     ):
         assert resolve_model(form.format(name)) == resolved
-        assert resolve(f"{form.format(name)}:layer1") == f"{resolved}:layer1"
+        assert resolve_source(f"{form.format(name)}:layer1") == f"{resolved}:layer1"
     assert resolve_model(form.format("resnet18")) == resolve_model("resnet18")
 
 
@@ -499,7 +499,7 @@ def test_names_of_repositories_that_are_none_and_offline(monkeypatch, tmp_path):
     with pytest.raises(AfterimageError, match="unknown model 'resnet18/layer1'; did you mean 'resnet18'"):
         resolve_model("resnet18/layer1")
     with pytest.raises(AfterimageError, match="names no layer"):
-        resolve("hf-hub:timm/resnet18.a1_in1k")
+        resolve_source("hf-hub:timm/resnet18.a1_in1k")
     clear()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from afterimage import cli
 from afterimage.config import AfterimageError
-from afterimage.report.findings import find
+from afterimage.report.findings import build_findings
 from afterimage.report.write import write_report
 from afterimage.runs.files import read_json
 from afterimage.runs.run import scan
@@ -73,7 +73,7 @@ def test_controls_on_random_weights_are_labelled_and_decide_nothing(study, told)
     lines = [line for line in findings.splitlines() if "random" in line.lower()]
     assert len(lines) >= 4 and all("RANDOM" in line for line in lines)
     controls = [run for run in study if run.result.is_random]
-    (h1, *_) = find(analyse(controls))
+    (h1, *_) = build_findings(analyse(controls))
     assert h1.verdict == "supported (RANDOM weights only)"
 
 
@@ -84,7 +84,7 @@ def test_the_other_random_control_decides_nothing_either(tmp_path):
         write_run(tmp_path, RESNET[0], layer, features=features, order=i, **options)
         for i, (layer, features) in enumerate(layers)
     ]
-    (h1, *_) = find(analyse(runs))
+    (h1, *_) = build_findings(analyse(runs))
     assert h1.verdict == "supported (RANDOM-INIT weights only)"
 
 
@@ -158,7 +158,7 @@ def test_lpips_of_another_network_does_not_stand_beside_the_published_one(tmp_pa
 
 
 def test_the_published_study_itself_is_told_as_it_told_itself(tmp_path):
-    h1, h2, h3, *rest = find(analyse(write_published_study(tmp_path)))
+    h1, h2, h3, *rest = build_findings(analyse(write_published_study(tmp_path)))
     assert h1.verdict == "supported" and {h2.verdict, h3.verdict} <= {
         "supported",
         "contradicted",
@@ -175,7 +175,7 @@ def test_verdicts_that_differ_between_decoders_are_all_named(tmp_path):
     for decoder, qualities in (("linear", (0.8, 0.4)), ("transposed", (0.4, 0.8))):
         for i, quality in enumerate(qualities):
             write_run(tmp_path, "m.tag", f"l{i}", decoder, features=(8, 14, quality), order=i)
-    (h1, *_) = find(analyse(scan(tmp_path)))
+    (h1, *_) = build_findings(analyse(scan(tmp_path)))
     assert h1.verdict == "supported with linear; contradicted with transposed"
 
 

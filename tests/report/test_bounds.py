@@ -9,11 +9,11 @@ from PIL import Image
 from afterimage.cli.shared import print_table
 from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import mean_interval
-from afterimage.report.bounds import bounds_of, main_bounds, to_compare
+from afterimage.report.bounds import bounds_of, comparison_rows, main_bounds
 from afterimage.report.figures.curves import saturation
-from afterimage.report.figures.depth import kept_by_depth
-from afterimage.report.figures.image_grid import LARGE, kept
-from afterimage.report.findings import answer
+from afterimage.report.figures.depth import bound_by_depth
+from afterimage.report.figures.image_grid import LARGE, bound_images
+from afterimage.report.findings import compute_findings
 from afterimage.report.format import Finding, markdown_finding
 from afterimage.report.inversion import bound_findings, bound_rows
 from afterimage.report.rows import read_rows
@@ -269,7 +269,7 @@ def drawn(axes) -> dict[str, list[np.ndarray]]:
 def test_the_band_lies_between_the_decoder_and_the_bound_of_each_metric(tmp_path):
     gains = {"refined": REFINED, "estimate": ESTIMATE}
     rows = read_rows(layers(tmp_path, gains, ways=("refined", "estimate")))
-    (drawing,) = kept_by_depth(rows)
+    (drawing,) = bound_by_depth(rows)
     assert faults(drawing.figure) == [] and "same 4 test images" in drawing.caption
     assert "what this decoder missed" in [text.get_text() for text in drawing.figure.legends[0].get_texts()]
     for axes, (metric, kind, gain) in zip(drawing.figure.axes, (
@@ -289,7 +289,7 @@ def test_the_band_lies_between_the_decoder_and_the_bound_of_each_metric(tmp_path
 
 
 def test_where_nothing_found_is_better_there_is_no_band(tmp_path):
-    (drawing,) = kept_by_depth(
+    (drawing,) = bound_by_depth(
         read_rows(layers(tmp_path, {"refined": {"psnr": 1.0, "ssim": -0.02, "lpips": 0.1}}))
     )
     filled = [
@@ -301,12 +301,12 @@ def test_where_nothing_found_is_better_there_is_no_band(tmp_path):
 
 def test_each_decoder_has_a_figure_of_its_own(tmp_path):
     rows = read_rows(layers(tmp_path, {"refined": REFINED}, decoders=("linear", "attention")))
-    first, second = kept_by_depth(rows)
+    first, second = bound_by_depth(rows)
     assert ("attention" in first.title, "linear" in second.title) == (True, True), (
         "the better one comes first"
     )
     assert (first.name, second.name, second.folded) == ("kept-by-depth", "kept-by-depth-2", True)
-    assert kept_by_depth(read_rows([row.run for row in rows.decoders])) == []
+    assert bound_by_depth(read_rows([row.run for row in rows.decoders])) == []
 
 
 def test_one_walks_from_the_original_to_the_bound(visit, tmp_path):
@@ -395,7 +395,7 @@ def judged(tmp_path, gains) -> list[Finding]:
         runs.append(write_run(tmp_path, "m", f"layer{i}", features=(8, 14, 0.9 - i / 7), order=i, lpips=None))
         runs.append(search(runs[-1], "refined", {"psnr": gain}, count=20))
     rows = read_rows(runs)
-    found = answer(rows.all, bounds_of(rows))
+    found = compute_findings(rows.all, bounds_of(rows))
     assert (
         found.problems == () and {"decoders_beside_bound", "measured_bound"} < json.loads(found.json).keys()
     )
@@ -421,7 +421,7 @@ def test_quality_falls_with_depth_only_where_the_bound_falls_too(tmp_path):
 
 def test_without_a_bound_depth_is_about_decoders(tmp_path):
     runs = [write_run(tmp_path, "m", f"l{i}", features=(8, 14, 0.9 - i / 4), order=i) for i in range(2)]
-    (h1, *_) = answer(read_rows(runs).all).findings
+    (h1, *_) = compute_findings(read_rows(runs).all).findings
     assert h1.verdict == "supported" and "a measured bound tells" in h1.paragraphs[1]
     assert "Quality falls" not in " ".join(h1.paragraphs)
 
@@ -432,13 +432,13 @@ def test_too_few_images_say_nothing_against_a_decoder(tmp_path):
         runs.append(write_run(tmp_path, "m", f"layer{i}", features=(8, 14, 0.9 - i / 7), order=i, lpips=None))
         runs.append(search(runs[-1], "refined", {"psnr": 1.0}, count=2))
     rows = read_rows(runs)
-    (h1, *_) = answer(rows.all, bounds_of(rows)).findings
+    (h1, *_) = compute_findings(rows.all, bounds_of(rows)).findings
     assert "too few to tell (PSNR, linear)" in " ".join(h1.paragraphs)
 
 
 def test_a_bound_bounds_psnr_by_the_estimate_and_lpips_by_the_consistent_image(decoder):
     runs = [decoder, search(decoder, "refined", REFINED), search(decoder, "estimate", ESTIMATE)]
-    (alone,), (best,) = to_compare(bounds_of(read_rows(runs)))
+    (alone,), (best,) = comparison_rows(bounds_of(read_rows(runs)))
     for metric, gain in (("psnr", 1.8), ("ssim", 0.04), ("lpips", -0.2)):
         pairs = zip(alone.values(metric).values(), best.values(metric).values(), strict=True)
         assert [b - a for a, b in pairs] == pytest.approx([gain] * 4)
@@ -448,7 +448,7 @@ def test_a_bound_bounds_psnr_by_the_estimate_and_lpips_by_the_consistent_image(d
 def test_the_grid_shows_the_same_photographs_a_column_a_layer_and_a_row_an_answer(tmp_path):
     gains, originals = {"refined": REFINED, "estimate": ESTIMATE}, [sample_image(seed) for seed in range(3)]
     runs = layers(tmp_path, gains, ways=("refined", "estimate"), originals=originals)
-    (drawing,) = kept(read_rows(runs))
+    (drawing,) = bound_images(read_rows(runs))
     assert drawing.name == "kept" and faults(drawing.figure) == []
     shown = [image.get_array() for image in drawing.figure.axes[0].images]
     assert len(shown) == 2 * (1 + 3 * 4), "two photographs: the original and three answers of four layers"
@@ -478,15 +478,19 @@ def test_what_was_not_saved_has_an_empty_cell_and_many_layers_several_figures(tm
         )
         runs.append(search(runs[-1], "refined", REFINED, images=saved(runs[-1], "refined")))
     runs[0].file("reconstructions/000.png").write_bytes(b"no image")
-    first, second = kept(read_rows(runs))
+    first, second = bound_images(read_rows(runs))
     assert (first.name, second.name, second.folded) == ("kept", "kept-2", True) and "(2 of 2)" in second.title
     assert [len(drawing.figure.axes[0].images) for drawing in (first, second)] == [1 + 2 * 5 - 1, 1 + 2 * 4]
     assert [t.get_text() for t in texts(first.figure)].count("not saved") == 1
-    seven = kept(read_rows(runs[:14]))
+    seven = bound_images(read_rows(runs[:14]))
     assert len(seven) == 1 and LARGE / 72 * 900 / seven[0].figure.get_figwidth() > 10, (
         "readable at 900 pixels"
     )
-    assert kept(read_rows(runs[::2])) == [] == kept(read_rows([write_run(tmp_path / "x", "m", "l")]))
+    assert (
+        bound_images(read_rows(runs[::2]))
+        == []
+        == bound_images(read_rows([write_run(tmp_path / "x", "m", "l")]))
+    )
 
 
 def test_the_terminal_shows_bounds_below_the_table(decoder, capsys):

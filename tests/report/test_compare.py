@@ -5,7 +5,7 @@ import pytest
 from afterimage.cli import main
 from afterimage.config import AfterimageError
 from afterimage.report.compare import compare, entries, read_atlas, standings_table
-from afterimage.report.figures.scatter import standing
+from afterimage.report.figures.scatter import ranking_figure
 from afterimage.report.figures.style import style
 from afterimage.report.rows import read_rows
 from afterimage.report.tables import csv_table, records
@@ -148,7 +148,7 @@ def test_the_figure_has_a_panel_an_answer_and_metric_and_room_for_its_names(atla
     bound = search(mine[0], "refined", REFINED)
     comparison = compare(rows_of([*mine, bound]), rows_of(scan(atlas)))
     with style():
-        drawing = standing(comparison)
+        drawing = ranking_figure(comparison)
     assert len(drawing.figure.axes) == 2 * 3 and not faults(drawing.figure)
     psnr = drawing.figure.axes[0]
     drawn = {tuple(line.get_ydata()): line.get_color() for line in psnr.lines}

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from afterimage.report.controls import at_psnr, at_size, control_findings
+from afterimage.report.controls import control_findings, psnr_at_size, size_at_psnr
 from afterimage.report.figures import AFTER_GRIDS
-from afterimage.report.figures.controls import controls, rate, what_is_lost
+from afterimage.report.figures.controls import controls, error_breakdown, rate
 from afterimage.report.figures.style import style
 from afterimage.report.rows import read_rows
 from afterimage.report.write import write_report
@@ -132,20 +132,20 @@ def test_codecs_at_the_same_size_and_beyond(study):
 
 def test_interpolation_runs_along_the_logarithm():
     curve = [CodecPoint("JPEG", 50, 1.0, 20.0), CodecPoint("JPEG", 90, 4.0, 30.0)]
-    assert at_size(curve, 2.0) == pytest.approx(25)
-    assert at_psnr(curve, 25.0) == pytest.approx(2)
-    assert at_size(curve, 0.5) is at_size(curve, 5.0) is at_psnr(curve, 31.0) is None
+    assert psnr_at_size(curve, 2.0) == pytest.approx(25)
+    assert size_at_psnr(curve, 25.0) == pytest.approx(2)
+    assert psnr_at_size(curve, 0.5) is psnr_at_size(curve, 5.0) is size_at_psnr(curve, 31.0) is None
 
 
 def own_figures(study):
     rows = read_rows(study.values())
     with style():
-        return {drawing.name for make in (controls, what_is_lost, rate) for drawing in make(rows)}
+        return {drawing.name for make in (controls, error_breakdown, rate) for drawing in make(rows)}
 
 
 def test_each_part_has_its_figures(study):
     assert own_figures(study) == {"controls", "lost-by-frequency", "lost-by-kind", "lost-by-place", "rate"}
-    assert {controls, what_is_lost, rate} <= set(AFTER_GRIDS)
+    assert {controls, error_breakdown, rate} <= set(AFTER_GRIDS)
 
 
 def test_the_report_shows_them(study, tmp_path):

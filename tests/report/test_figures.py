@@ -11,7 +11,7 @@ from PIL import Image
 
 from afterimage.config import FusionConfig
 from afterimage.report.figures import draw, render
-from afterimage.report.figures.image_grid import busiest
+from afterimage.report.figures.image_grid import highest_contrast_square
 from afterimage.report.rows import read_rows
 from afterimage.runs.run import scan
 from drawn_text import faults, texts
@@ -175,7 +175,7 @@ def test_a_detail_is_the_boxed_part_of_the_row_above_it(tmp_path):
         d for d in draw(read_rows([write_run(tmp_path, "m", "l", originals=[original])])) if "rec" in d.name
     )
     whole, detail, _, rebuilt = (image.get_array() for image in drawing.figure.axes[0].images)
-    y, x, size = busiest(np.asarray(original))
+    y, x, size = highest_contrast_square(np.asarray(original))
     assert (whole == np.asarray(original)).all() and (detail == whole[y : y + size, x : x + size]).all()
     assert rebuilt.shape == detail.shape and (rebuilt != detail).any()
     left, right, _, top = drawing.figure.axes[0].images[0].get_extent()

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from afterimage.report.figures import draw, render, style
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import BASE, _characters, columns, drawable, families
-from afterimage.report.format import plain
+from afterimage.report.format import single_line
 from afterimage.report.rows import read_rows
 from report_study import sample_image, write_run
 
@@ -99,7 +99,7 @@ def test_every_figure_draws_such_names(tmp_path, has_font):
 
 @given(st.text(st.characters(codec="ascii"), max_size=60), st.integers(3, 30))
 def test_what_the_base_font_has_is_cut_as_ever(text, limit):
-    assert drawable(text, limit) == plain(text, limit) and drawable(text) == plain(text)
+    assert drawable(text, limit) == single_line(text, limit) and drawable(text) == single_line(text)
 
 
 @given(st.text("ab_.- 龘靐", max_size=60), st.integers(4, 30))

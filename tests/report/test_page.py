@@ -141,7 +141,7 @@ def test_small_studies_embed_the_files_themselves(runs, tmp_path):
 
 
 def test_larger_studies_are_reencoded_and_say_so(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(album, "EXACT_BYTES", 0)
+    monkeypatch.setattr(album, "LOSSLESS_BYTES", 0)
     page = Parsed(write_page(runs, tmp_path / "page.html", title="t"))
     uris = [uri for i in range(6) for uri in page.data[f"image-{i}"]["runs"].values()]
     assert sum(uri.startswith("data:image/webp;base64,") for uri in uris) > 40
@@ -150,7 +150,7 @@ def test_larger_studies_are_reencoded_and_say_so(runs, tmp_path, monkeypatch):
 
 
 def test_too_many_images_are_left_out_and_the_page_says_so(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(album, "EXACT_BYTES", 0)
+    monkeypatch.setattr(album, "LOSSLESS_BYTES", 0)
     whole = write_page(runs, tmp_path / "whole.html", title="t")
     limit = whole.stat().st_size * 2 // 3
     path = write_page(runs, tmp_path / "page.html", title="t", limit=limit)

@@ -169,7 +169,7 @@ def test_a_page_of_full_size_opens_in_little_more_than_it_takes_to_read(visit, t
     uri = one + "A" * (padding - padding % 4)
     block = {"original": uri, "runs": {str(i): uri for i in range(60)}}
     thumbnail = {"width": 224, "height": 224, "runs": list(range(60)), "thumbnail": one}
-    full = album.Album(
+    full = album.EmbeddedImages(
         100, [{"id": f"image-{i:03}", **thumbnail} for i in range(100)], [block] * 100, quality=90
     )
     monkeypatch.setattr(page, "embed", lambda *_: full)

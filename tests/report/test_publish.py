@@ -14,12 +14,12 @@ from afterimage.report.compare import read_atlas
 from afterimage.report.dataset import dataset_files
 from afterimage.report.publish import (
     ImageGrid,
-    are_free,
-    decoders_of,
+    is_shareable,
     kept_images,
-    public,
     public_source,
+    remove_private_facts,
     repository_files,
+    shareable_runs,
 )
 from afterimage.runs.controls import write_part
 from afterimage.runs.files import sha256
@@ -109,14 +109,14 @@ def test_what_nobody_else_could_use_is_not_shared(tmp_path):
     with pytest.raises(
         AfterimageError, match=r"none of these runs has a decoder to share: baseline-mean-\w+ \(baseline\)"
     ):
-        decoders_of([write_baseline(tmp_path, "mean")])
+        shareable_runs([write_baseline(tmp_path, "mean")])
     own = write_run(tmp_path, "python/networks.py:small", "stage1")
     with pytest.raises(
         AfterimageError, match=rf"{own.name} cannot be shared: .*networks.py:small is code of one's own"
     ):
-        decoders_of([own])
+        shareable_runs([own])
     named = write_run(tmp_path, "resnet18.tv_in1k", "layer1", weights="random")
-    assert decoders_of([named]) == [named]
+    assert shareable_runs([named]) == [named]
 
 
 def test_notes_lose_paths_and_names_of_images_that_are_not_free(tmp_path):
@@ -128,22 +128,24 @@ def test_notes_lose_paths_and_names_of_images_that_are_not_free(tmp_path):
     result = write_run(tmp_path, *RESNET[:1], "layer1").result
     mine = replace(result, notes=notes, data=replace(result.data, source="folder:/home/me/mine", test=""))
     told = ("ridge 0.1", "weights of x: w.bin, 3 keys", "left out here: 1 notes that name images")
-    (hidden,) = public([mine], with_names=False)
+    (hidden,) = remove_private_facts([mine], with_names=False)
     assert hidden.notes == told and hidden.data.source == "folder:mine"
     assert [image["id"] for image in hidden.per_image] == [f"{i:05d}" for i in range(20)]
     fewer = replace(mine, per_image=mine.per_image[5:7])
-    assert [image["id"] for image in public([mine, fewer], with_names=False)[1].per_image] == [
+    assert [image["id"] for image in remove_private_facts([mine, fewer], with_names=False)[1].per_image] == [
         "00005",
         "00006",
     ]
-    assert public([mine], with_names=True)[0].per_image == mine.per_image
+    assert remove_private_facts([mine], with_names=True)[0].per_image == mine.per_image
     # Test images that are free keep their names, training images of one's own do not get any.
-    (tested,) = public([replace(mine, data=replace(mine.data, test="photographs"))], with_names=False)
+    (tested,) = remove_private_facts(
+        [replace(mine, data=replace(mine.data, test="photographs"))], with_names=False
+    )
     assert tested.per_image == mine.per_image and tested.notes == told
     assert public_source("folder:/home/me/birds") == "folder:birds"
     assert public_source("webdataset:/data/x-{00..12}.tar") == "webdataset:x-{00..12}.tar"
     assert public_source("hf:me/photos@v1:train") == "hf:me/photos@v1:train"
-    assert are_free(DataConfig("folder:x", test="photographs")) and not are_free(
+    assert is_shareable(DataConfig("folder:x", test="photographs")) and not is_shareable(
         DataConfig("procedural", test="div2k")
     )
 

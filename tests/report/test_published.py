@@ -11,8 +11,8 @@ from afterimage.report.published import (
     PUBLISHED,
     STD,
     beside_published,
+    find_published,
     originals,
-    published,
     published_ceiling,
     why_they_differ,
 )
@@ -30,7 +30,7 @@ def sample_image(seed=0, size=16):
 
 def test_table_is_the_studys():
     assert len(PUBLISHED) == 15
-    assert published(["resnet34.tv_in1k:layer1"], "attention").psnr == (14.32, 0.94)
+    assert find_published(["resnet34.tv_in1k:layer1"], "attention").psnr == (14.32, 0.94)
     assert max(PUBLISHED[:-1], key=lambda row: row.psnr[0]).sources == (SOURCE,)
     assert [row.parameters for row in PUBLISHED[:9]] == [
         *(250_147, 974_563, 3_865_187, 15_413_603),
@@ -39,11 +39,11 @@ def test_table_is_the_studys():
 
 
 def test_other_decoders_models_and_layers_have_no_counterpart():
-    assert published([SOURCE], "linear") is None
-    assert published(["vgg16.tv_in1k:features.5"], "attention") is None
-    assert published(["vgg16.other:block1"], "attention") is None
-    assert published(FUSION.sources[::-1], "transposed") is FUSION
-    assert published(FUSION.sources[:3], "transposed") is None
+    assert find_published([SOURCE], "linear") is None
+    assert find_published(["vgg16.tv_in1k:features.5"], "attention") is None
+    assert find_published(["vgg16.other:block1"], "attention") is None
+    assert find_published(FUSION.sources[::-1], "transposed") is FUSION
+    assert find_published(FUSION.sources[:3], "transposed") is None
 
 
 def test_ceiling_is_what_the_nearest_reachable_image_scores():
@@ -129,7 +129,7 @@ def test_rows_stand_beside_their_published_counterparts(tmp_path):
 
 
 def test_explanation_without_images_or_below_the_ceiling():
-    row = published([SOURCE], "attention")
+    row = find_published([SOURCE], "attention")
     ceiling = published_ceiling([sample_image()])
     assert "not known" in why_they_differ(row, None, None)
     assert "alone does not explain" in why_they_differ(row, 5.0, ceiling)

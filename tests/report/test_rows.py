@@ -11,7 +11,7 @@ import pytest
 
 from afterimage.config import AfterimageError, RunConfig, short_names
 from afterimage.evaluation.intervals import mean_interval
-from afterimage.report.rows import natural, read_rows
+from afterimage.report.rows import natural_sort_key, read_rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
 from afterimage.runs.run import Run, scan
 from report_study import BASELINES, RESNET, VIT, printed, write_baseline, write_run, write_study
@@ -38,7 +38,11 @@ def test_rows_stand_by_encoder_depth_and_decoder_and_baselines_last(study):
 
 
 def test_a_layer_number_sorts_as_a_number():
-    assert sorted(["blocks.11", "blocks.2", "blocks.1"], key=natural) == ["blocks.1", "blocks.2", "blocks.11"]
+    assert sorted(["blocks.11", "blocks.2", "blocks.1"], key=natural_sort_key) == [
+        "blocks.1",
+        "blocks.2",
+        "blocks.11",
+    ]
 
 
 def test_scores_are_those_of_the_images(study):

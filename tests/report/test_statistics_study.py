@@ -16,15 +16,15 @@ from afterimage.config import (
     RecipeConfig,
 )
 from afterimage.report import rows as report
-from afterimage.report.findings import find
+from afterimage.report.findings import build_findings
 from afterimage.report.hypotheses import ahead
 from afterimage.report.statistics.hypotheses import (
     architectures_differ,
     falls_with_depth,
     resolution_dominates,
 )
-from afterimage.report.statistics.rows import Row, Setting, group_rows
-from afterimage.report.statistics.tests import compare, corrected
+from afterimage.report.statistics.rows import PooledRow, Setting, group_rows
+from afterimage.report.statistics.tests import compare, holm_correct
 from afterimage.runs.files import write_csv
 from afterimage.runs.run import scan
 from simulated_runs import edit
@@ -56,7 +56,7 @@ def row(quality, name="model layer1", *, order=1, side=14, channels=64, paramete
     """A row with the given scores, without a run folder."""
     encoder, _, layer = name.partition(" ")
     values = dict(zip(sample_images(len(quality)), np.asarray(quality, dtype=float).tolist(), strict=True))
-    return Row(
+    return PooledRow(
         name=name,
         encoder=encoder,
         layer=layer,
@@ -173,14 +173,14 @@ def test_a_training_time_that_one_seed_lacks_is_unknown(tmp_path):
 def test_everything_is_json_and_has_words(study):
     answers = json.loads(json.dumps(study.as_dict(), allow_nan=False))
     assert answers["depth"][0]["encoders"][0]["steps"][0]["better"] == "b"
-    found = find(study)
+    found = build_findings(study)
     assert [f.title[:2] for f in found[:3]] == ["H1", "H2", "H3"] and "nan" not in written(found).split()
     assert all(text.endswith(".") for f in found for text in f.paragraphs)
 
 
 def test_words_hold_the_numbers(study):
     resnet = one(study.depth).encoders[0]
-    told = written(find(study))
+    told = written(build_findings(study))
     low, high = resnet.steps[0].difference.low, resnet.steps[0].difference.high
     assert f"−{-resnet.steps[0].difference.estimate:.2f} dB [−{-low:.2f}, −{-high:.2f}]" in told
     assert f"{resnet.monotone} of 100" in told
@@ -320,7 +320,7 @@ def test_untestable_says_what_it_needs(tmp_path):
     for results in (analysis.depth, analysis.resolution, analysis.architectures):
         assert {r.verdict for r in results} == {"not testable"}
         assert all(r.reason.startswith("needs") for r in results)
-    assert "not testable" in written(find(analysis))
+    assert "not testable" in written(build_findings(analysis))
 
 
 def test_comparison_is_antisymmetric():
@@ -349,7 +349,7 @@ def test_comparison_pairs_common_images_only():
 
 def test_correction_only_ever_weakens():
     family = [compare(*two_encoders(gap), "psnr") for gap in (0.01, 0.02, 0.03, 1.0)]
-    assert all(after.p_holm >= before.p for before, after in zip(family, corrected(family), strict=True))
+    assert all(after.p_holm >= before.p for before, after in zip(family, holm_correct(family), strict=True))
 
 
 def test_seeds_are_averaged_and_their_spread_is_told(tmp_path):
@@ -414,7 +414,7 @@ def test_metrics_that_disagree_are_pointed_out(tmp_path):
     for line in tables[0]:
         line["lpips"] -= 0.2
     runs = [write_run(tmp_path, s, t, parameters=1000) for s, t in zip(sources, tables, strict=True)]
-    assert "the metrics disagree" in written(find(analyse(runs)))
+    assert "the metrics disagree" in written(build_findings(analyse(runs)))
 
 
 def test_missing_lpips_leaves_the_other_metrics(tmp_path):
@@ -440,7 +440,7 @@ def test_single_images_are_left_out_by_name(tmp_path):
 
 
 def test_no_runs_at_all_is_said(tmp_path):
-    (found,) = find(analyse([]))
+    (found,) = build_findings(analyse([]))
     assert found.paragraphs == ("No finished decoder with scores of 2 images or more: nothing to compare.",)
 
 
@@ -489,7 +489,7 @@ def test_untrained_controls_are_in_no_ranking(tmp_path):
         d.settings == ("residual", "linear") for d in analysis.decoders
     )
     assert all(c.b == "resnet34 layer1 with residual" for c in analysis.fusions)
-    (costs,) = [f for f in find(analysis) if f.title == "What quality costs"]
+    (costs,) = [f for f in build_findings(analysis) if f.title == "What quality costs"]
     assert "Most PSNR" in costs.paragraphs[0] and "RANDOM" not in costs.paragraphs[0]
     for kind in RANDOM_WEIGHTS:
         controls = analyse([run for run in scan(tmp_path) if run.config.weights == kind])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afterimage.report.figures.image_grid import busiest
+from afterimage.report.figures.image_grid import highest_contrast_square
 from afterimage.report.figures.labels import spread, wrap
 from afterimage.report.figures.style import decoder_styles
 from afterimage.report.rows import read_rows
@@ -30,7 +30,7 @@ def test_the_detail_is_where_the_contrast_is_highest(shape):
     pixels = np.random.default_rng(0).integers(100, 140, (*shape, 3)).astype(np.uint8)
     pixels[-8:-2, 9:14] = np.random.default_rng(1).choice([0, 255], pixels[-8:-2, 9:14].shape)
     luma = pixels @ np.array([0.299, 0.587, 0.114])
-    y, x, size = busiest(pixels)
+    y, x, size = highest_contrast_square(pixels)
     assert size == max(1, min(shape) // 4)
     variances = {
         (i, j): luma[i : i + size, j : j + size].var()

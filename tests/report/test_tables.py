@@ -9,10 +9,10 @@ import pytest
 from markdown_it import MarkdownIt
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FusionConfig
-from afterimage.report.format import latex, markdown, markdown_code, plain, ratio
+from afterimage.report.format import latex, markdown, markdown_code, ratio, single_line
 from afterimage.report.inversion import distance_text
-from afterimage.report.rows import pool, read_rows
-from afterimage.report.tables import csv_table, duration, latex_table, lay_out, markdown_table
+from afterimage.report.rows import mean_over_seeds, read_rows
+from afterimage.report.tables import build_table, csv_table, duration, latex_table, markdown_table
 from afterimage.report.write import write_report
 from afterimage.runs.results import METRICS, Score
 from afterimage.runs.run import scan
@@ -92,7 +92,7 @@ def test_the_best_decoder_row_is_bold_in_its_own_direction_and_ties_with_it(tmp_
     means = [(20.0, 0.5, 0.3), (25.001, 0.9, 0.2), (24.999, 0.8, 0.1), (40.0, 1.0, 0.0)]
     for run, mean in zip(runs, means, strict=True):
         edit(run, **{f"scores__{metric}__mean": value for metric, value in zip(METRICS, mean, strict=True)})
-    bold = [[c.bold for c in list(line.cells.values())[-3:]] for line in lay_out(read_rows(runs)).lines]
+    bold = [[c.bold for c in list(line.cells.values())[-3:]] for line in build_table(read_rows(runs)).lines]
     assert bold == [[False] * 3, [True, True, False], [True, False, True], [False] * 3]
 
 
@@ -161,7 +161,7 @@ def test_seeds_have_a_column_and_pool_image_by_image(tmp_path):
     rows = read_rows([write_run(tmp_path, "m", "l", seed=seed) for seed in (42, 43)])
     assert "seed" in [name.strip() for name in cells(markdown_table(rows))[0]]
     both = np.array([list(row.values("psnr").values()) for row in rows.decoders])
-    pooled = pool(rows.decoders, "psnr")
+    pooled = mean_over_seeds(rows.decoders, "psnr")
     assert (pooled.estimate, pooled.count) == (pytest.approx(both.mean()), both.shape[1])
 
 
@@ -177,7 +177,7 @@ def test_hostile_names_stay_text_in_markdown(tmp_path):
     assert not kinds & {"html_block", "link_open", "image", "heading_open", "s_open"}
     assert {t.content for t in inline if t.type == "html_inline"} <= {"<br>"}
     shown = "".join(t.content for t in inline)
-    assert plain(HOSTILE) in shown
+    assert single_line(HOSTILE) in shown
 
 
 @pytest.mark.parametrize("text", [HOSTILE, "a_b*c", "* x", "1. x", "<br>", "|", "a`b", "![x](y)", "~~x~~"])
@@ -186,7 +186,7 @@ def test_escaped_markdown_reads_as_written(text):
         html = MarkdownIt("commonmark").enable("strikethrough").renderInline(escaped)
         for entity, char in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&amp;", "&")):
             html = re.sub("</?code>", "", html).replace(entity, char)
-        assert html == plain(text)
+        assert html == single_line(text)
 
 
 def test_hostile_names_stay_text_in_latex(tmp_path):

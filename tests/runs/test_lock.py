@@ -10,7 +10,7 @@ import afterimage.runs.lock
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig
 from afterimage.config.study import StudyConfig
 from afterimage.experiments.study import run_study
-from afterimage.runs.lock import Lock, held
+from afterimage.runs.lock import Lock, hold_lock
 from afterimage.runs.run import Run, scan
 from afterimage.runtime.process import LockLost
 from children import (
@@ -87,7 +87,7 @@ def test_another_machines_lock_is_dead_once_it_gave_no_sign_of_life(tmp_path, mo
     for beat in range(5):  # whatever its clock says, it moves
         os.utime(path, (hour + beat, hour + beat))
         assert not lock.acquire() and str(lock.holder) == "process 1 on elsewhere"
-        clock[0] += afterimage.runs.lock.PATIENCE - 1
+        clock[0] += afterimage.runs.lock.STALE_SECONDS - 1
     assert not lock.acquire()
     clock[0] += 2
     assert lock.acquire()
@@ -106,7 +106,7 @@ def test_who_was_taken_for_dead_notices_and_leaves_the_other_alone(tmp_path):
 
 
 def test_it_gives_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(afterimage.runs.lock, "BEAT", 0.01)
+    monkeypatch.setattr(afterimage.runs.lock, "HEARTBEAT_SECONDS", 0.01)
     before = set(threading.enumerate())
     lock = Lock(tmp_path)
     assert lock.acquire()
@@ -122,7 +122,7 @@ def test_it_gives_signs_of_life(tmp_path, monkeypatch):
 
 
 def test_waiting_ends_when_the_holder_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(afterimage.runs.lock, "POLL", 0.01)
+    monkeypatch.setattr(afterimage.runs.lock, "POLL_SECONDS", 0.01)
     process = start(hold, tmp_path, tmp_path / "ready")
     wait_for(tmp_path / "ready")
     said = []
@@ -132,7 +132,7 @@ def test_waiting_ends_when_the_holder_does(tmp_path, monkeypatch):
         process.kill()
         process.join()
 
-    with held(tmp_path, killing) as lock:
+    with hold_lock(tmp_path, killing) as lock:
         lock.check()
     assert "waiting for process" in said[0] and "taken over" in said[1]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from afterimage.config import AfterimageError, Axis, RunConfig
-from afterimage.runs.files import read_csv, remove_leftovers, write_atomic, write_csv, write_json
+from afterimage.runs.files import read_csv, remove_temporary_files, write_atomic, write_csv, write_json
 from afterimage.runs.results import (
     DataFacts,
     FeatureMap,
@@ -19,7 +19,7 @@ from afterimage.runs.results import (
     Result,
     Score,
     TrainingFacts,
-    UsedWeights,
+    WeightsRecord,
 )
 from afterimage.runs.run import Run, environment, scan
 
@@ -105,9 +105,9 @@ def test_leftovers_of_a_file_are_removed_and_those_of_others_kept(tmp_path):
     (tmp_path / "below").mkdir()
     for path in left:
         path.touch()
-    remove_leftovers(tmp_path, ["a.npz", "?.npz"])
+    remove_temporary_files(tmp_path, ["a.npz", "?.npz"])
     assert [path.exists() for path in left] == [False] * 2 + [True] * len(others)
-    remove_leftovers(tmp_path)
+    remove_temporary_files(tmp_path)
     assert [path for path in left if path.exists()] == [tmp_path / "a.npz.x.part"]
 
 
@@ -141,7 +141,7 @@ def result():
         CONFIG.sources[0], 64, 56, 56, rows=Axis(0.0, 4.0, 0, 220), module="layer1", order=3, reduction=4.0,
         encoder_parameters=10, encoder_macs=20, unseen="the last 4 rows are not seen",
     )  # fmt: skip
-    weights = UsedWeights("resnet34.tv_in1k", "folder", "/w", "ab", "pretrained", False, "of the EMA")
+    weights = WeightsRecord("resnet34.tv_in1k", "folder", "/w", "ab", "pretrained", False, "of the EMA")
     scores = {"psnr": Score(20.0, None, 1), "ssim": Score(0.5, None, 1), "lpips": None}
     return Result(
         kind="decoder", label="a name", config=CONFIG, data=DataFacts("s", "t", "d", "e", 1, 256, 224, 8, 2),

@@ -23,7 +23,13 @@ from afterimage.models.layers.blocks import adapt_batch_norms
 from afterimage.runs.run import Run, scan
 from afterimage.runtime.device import create_fabric
 from afterimage.runtime.distributed import SINGLE_PROCESS, RankLost, distributed_context
-from afterimage.runtime.failures import ENCODERS, Unexpected, concerning, concerns, story
+from afterimage.runtime.failures import (
+    ENCODERS,
+    UnexpectedError,
+    error_scope,
+    set_error_scope,
+    traceback_text,
+)
 from afterimage.runtime.process import LockLost, Stopped
 from afterimage.training.checkpoint import CHECKPOINT
 from children import MODEL, small_configs
@@ -126,7 +132,7 @@ def primitives():
             (LockLost("taken"), LockLost, "taken"),
             (MemoryError("no memory"), MemoryError, "no memory"),
             (Stopped(15), Stopped, "SIGTERM"),
-            (ZeroDivisionError("a bug"), ZeroDivisionError if rank == 1 else Unexpected, "a bug"),
+            (ZeroDivisionError("a bug"), ZeroDivisionError if rank == 1 else UnexpectedError, "a bug"),
             (SystemExit("over"), SystemExit if rank == 1 else RankLost, "over"),
         ]
         for error, kind, text in told:
@@ -134,12 +140,12 @@ def primitives():
                 if rank == 1:
                     raise error
                 ranks.sum([a])
-        with pytest.raises(Exception) as caught, concerning(ENCODERS), ranks.raise_on_all_ranks():
+        with pytest.raises(Exception) as caught, set_error_scope(ENCODERS), ranks.raise_on_all_ranks():
             if rank == 1:
-                with concerning(ENCODERS):
+                with set_error_scope(ENCODERS):
                     raise IndexError("of a network")
-        assert concerns(caught.value) == ENCODERS
-        assert 'raise IndexError("of a network")' in story(caught.value)
+        assert error_scope(caught.value) == ENCODERS
+        assert 'raise IndexError("of a network")' in traceback_text(caught.value)
         check_batch_norm(ranks)
         check_sampling(ranks)
 

@@ -11,7 +11,7 @@ import pytest
 
 from afterimage.config import AfterimageError, load_toml
 from afterimage.config.study import StudyConfig
-from afterimage.experiments.study import Part, expand, study_groups
+from afterimage.experiments.study import StudyShard, expand_study, study_groups
 from afterimage.runs.files import read_json
 from afterimage.runs.run import scan
 from children import small_images
@@ -140,25 +140,25 @@ def test_the_page_names_every_script():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
 def test_the_parts_are_the_whole_study(tmp_path, count):
-    configs = expand(study(tmp_path, seeds="[1, 2]"))
+    configs = expand_study(study(tmp_path, seeds="[1, 2]"))
     groups = study_groups(configs)
     assert len(configs) == 4 and len(groups) == 4  # seeds have encoders and orders of their own
-    parts = [Part(number, count).of(configs) for number in range(1, count + 1)]
+    parts = [StudyShard(number, count).of(configs) for number in range(1, count + 1)]
     together = [config.digest for part in parts for config in part]
     assert sorted(together) == sorted(config.digest for config in configs)
-    assert Part().of(configs) == configs
+    assert StudyShard().of(configs) == configs
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/", "/3", "a/b", "-1/3", "1/2/3"])
 def test_a_part_that_is_none_is_refused(text):
     with pytest.raises(AfterimageError, match="K/N"):
-        Part.parse(text)
+        StudyShard.parse(text)
 
 
 @pytest.mark.long
 def test_an_array_task_for_each_group_and_the_report_after_them(slurm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a study's relative paths belong to the working folder
-    configs = expand(study(tmp_path))
+    configs = expand_study(study(tmp_path))
     done, log = slurm("submit.sh", "small.toml", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     submitted = [line for line in log if line.startswith("sbatch")]

@@ -15,7 +15,7 @@ from afterimage.data.images import ImageSet
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.models.weight_files import load_tensors
 from afterimage.training.checkpoint import load_reconstructor
-from afterimage.training.feature_loader import FeatureWatch, check_frozen, check_images
+from afterimage.training.feature_loader import NonFiniteCheck, check_frozen, check_images
 from children import MODEL, result, small_configs
 from some_images import some_image
 
@@ -90,7 +90,7 @@ def test_a_test_image_in_training_stops_the_run(sample_images, cache, tmp_path, 
 
 
 def test_the_watch_names_source_and_image():
-    watch = FeatureWatch(["a:x", "a:y"])
+    watch = NonFiniteCheck(["a:x", "a:y"])
     maps = [torch.rand(3, 4, 2, 2), torch.rand(3, 8, 1, 1)]
     watch.look(maps, ["one", "two", "three"])
     watch.check("run", [0, 1])

@@ -16,7 +16,7 @@ from afterimage import AfterimageError, FeatureSpec, RecipeConfig, create_decode
 from afterimage.models.reconstructor import FeatureDecoder, MultiEncoder
 from afterimage.runs.run import Run
 from afterimage.runtime.device import retry_with_smaller_batch
-from afterimage.runtime.failures import out_of_memory
+from afterimage.runtime.failures import is_out_of_memory
 from afterimage.training import trainer
 from afterimage.training.checkpoint import CHECKPOINT, load_tensors
 from afterimage.training.decoder_trainer import DecoderTrainer
@@ -266,8 +266,8 @@ def test_one_image_that_is_too_much_is_an_error(sample_images, cache, tmp_path, 
 
 def test_what_is_taken_for_no_memory():
     for error in (MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory"), CPU):
-        assert out_of_memory(error)
-    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+        assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(ZeroDivisionError):
         retry_with_smaller_batch(lambda size: 1 // 0, 4, "this")
 

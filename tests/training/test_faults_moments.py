@@ -198,8 +198,8 @@ def test_killed_in_a_report_the_next_one_is_whole(tmp_path):
     for deaths in (0, 3, len(expected) - 1):
         assert child(reporting, root, out, deaths) == -signal.SIGKILL
         for path in out.iterdir():
-            assert path.suffix == files.LEFTOVER or path.read_bytes() == expected[path.name]
-    for path in out.glob(f".*{files.LEFTOVER}"):  # as if it had happened an hour ago
+            assert path.suffix == files.TEMPORARY_SUFFIX or path.read_bytes() == expected[path.name]
+    for path in out.glob(f".*{files.TEMPORARY_SUFFIX}"):  # as if it had happened an hour ago
         os.utime(path, (0, 0))
     assert child(reporting, root, out, None) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == expected

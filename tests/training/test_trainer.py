@@ -25,7 +25,7 @@ from afterimage.models.decoders import DECODERS
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.files import read_json
 from afterimage.runs.run import Run
-from afterimage.runtime.device import one_device
+from afterimage.runtime.device import create_single_device_fabric
 from afterimage.runtime.distributed import ProcessGroup
 from afterimage.training import feature_loader, trainer
 from afterimage.training.checkpoint import load_reconstructor, load_tensors
@@ -213,7 +213,7 @@ def test_once_every_decoder_has_failed_nothing_is_encoded(config, go, monkeypatc
 def loader(sample_images, tmp_path):
     data = load_data(DataConfig(f"folder:{sample_images}", resize=48, crop=32), cache=tmp_path)
     encoders = MultiEncoder(SOURCES[:1], weights="random-init", image_size=32)
-    options = {"fabric": one_device("cpu", "32-true"), "seed": 0}
+    options = {"fabric": create_single_device_fabric("cpu", "32-true"), "seed": 0}
 
     def make(**context):
         return FeatureLoader(

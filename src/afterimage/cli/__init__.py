@@ -16,11 +16,11 @@ from typing import Annotated, Any, Union, get_type_hints
 
 import tyro
 
-from afterimage.cli.shared import flag
+from afterimage.cli.shared import option_name
 from afterimage.config import MAX_PROCESSES, AfterimageError, check_range
 from afterimage.runs.run import check_folder
 from afterimage.runtime.process import interruptible, let_idle_threads_sleep
-from afterimage.runtime.terminal import always_writable, complain, printable, say
+from afterimage.runtime.terminal import always_writable, print_error, print_lines, printable
 
 COMMANDS = (
     "layers",
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         del arguments[0]
     with command_line():
         if arguments == ["--version"]:
-            say(f"afterimage {metadata.version('afterimage')}")
+            print_lines(f"afterimage {metadata.version('afterimage')}")
             return
         chosen = _parsed(arguments)
         with interruptible():
@@ -75,12 +75,12 @@ def command_line() -> Iterator[None]:
             yield
         except AfterimageError as error:
             if not getattr(error, "elsewhere", False):
-                complain("afterimage", error)
+                print_error("afterimage", error)
             raise SystemExit(1) from None
         except KeyboardInterrupt as stopped:
             if not getattr(stopped, "elsewhere", False):
                 told = "stopped; what is done is kept, the same command goes on from there"
-                say(f"\nafterimage: {told}", error=True)
+                print_lines(f"\nafterimage: {told}", error=True)
             raise SystemExit(getattr(stopped, "code", 130)) from None
 
 
@@ -126,15 +126,15 @@ def _run(chosen, arguments: list[str]) -> None:
     for name in ("output_dir", "cache"):
         if (folder := getattr(chosen, name, None)) is not None:
             # A complete cache of decoded images may be read-only.
-            check_folder(folder, flag(name), writable=name == "output_dir")
+            check_folder(folder, option_name(name), writable=name == "output_dir")
     devices = getattr(chosen, "devices", 1)
     check_range("--devices", devices, 1, MAX_PROCESSES)
     if devices > 1:
         if getattr(chosen, "executor", "local") == "ray":
             raise AfterimageError("--devices goes with --executor local: on Ray a group has one device")
-        from afterimage.runtime.launch import launch, ranks_here
+        from afterimage.runtime.launch import is_rank, launch
 
-        if not ranks_here(devices):
+        if not is_rank(devices):
             launch(arguments, devices, chosen.device)
             return
     chosen.run()

@@ -10,10 +10,10 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli import shared
-from afterimage.cli.shared import find_named, flag
-from afterimage.config import AfterimageError, check_range, counted
+from afterimage.cli.shared import find_local_or_hub_runs, option_name
+from afterimage.config import AfterimageError, check_range, format_count
 from afterimage.runs.run import Run
-from afterimage.runtime.terminal import say
+from afterimage.runtime.terminal import print_lines
 
 MEGABYTES_A_MEGAPIXEL = 4
 """Largest accepted file size in MB per megapixel: that of a barely compressed 8-bit PNG with transparency."""
@@ -39,13 +39,13 @@ class App:
     """Size of the largest accepted image, in megapixels."""
     max_waiting: int = 20
     """Number of requests that may wait; further visitors get the message that the queue is full."""
-    weights: shared.MovedWeights = None
-    lpips: shared.OwnLpips = None
+    weights: shared.WeightsOverride = None
+    lpips: shared.LpipsOverride = None
     device: shared.Device = "auto"
 
     def run(self) -> None:
         for name, most in (("port", 65_535), ("max_megapixels", 150), ("max_waiting", 10_000)):
-            check_range(flag(name), getattr(self, name), 1, most)
+            check_range(option_name(name), getattr(self, name), 1, most)
         runs = self._find()
         try:
             from afterimage.experiments.live_page import LivePage
@@ -64,7 +64,7 @@ class App:
             "max_megabytes": self.max_megapixels * MEGABYTES_A_MEGAPIXEL,
         }
         page, address = live.serve(host=self.host, port=self.port, **limits)
-        say(f"{counted(len(runs), 'decoder')} at {address} (Ctrl-C ends it)")
+        print_lines(f"{format_count(len(runs), 'decoder')} at {address} (Ctrl-C ends it)")
         try:
             threading.Event().wait()
         except KeyboardInterrupt as stopped:
@@ -74,13 +74,13 @@ class App:
             page.close(verbose=False)
 
     def _find(self) -> list[Run]:
-        found = sorted(find_named(self.runs), key=_order)
+        found = sorted(find_local_or_hub_runs(self.runs), key=_order)
         runs = [run for run in found if run.file("decoder.safetensors").exists()]
         if not runs:
             raise AfterimageError("none of the runs has a decoder; baselines and inversions rebuild nothing")
         for run in found:
             if run not in runs:
-                say(f"left out: {run.name} has no decoder ({run.state})")
+                print_lines(f"left out: {run.name} has no decoder ({run.state})")
         return runs
 
 

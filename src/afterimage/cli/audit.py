@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.cli import shared
-from afterimage.cli.shared import flag, given, table
-from afterimage.config import AfterimageError, load_toml, shown
+from afterimage.cli.shared import option_name, specified_options, table
+from afterimage.config import AfterimageError, load_toml, printable_path
 from afterimage.config.audit import WHITE_BOX, AuditConfig
-from afterimage.runs.audit import Results
+from afterimage.runs.audit import AuditResults
 from afterimage.runs.run import check_folder
-from afterimage.runtime.terminal import Display, console, say
+from afterimage.runtime.terminal import Display, console, print_lines
 
 if TYPE_CHECKING:
     from afterimage.report.audit.verdict import Verdict
 
 
-FAILED = 3
+EXIT_OVER_LIMITS = 3
 """Exit code of an audit that is not within its limits; 1 is an error, 2 a wrong command line."""
 
 
@@ -102,10 +102,10 @@ class Audit:
         command = shlex.join(["afterimage", *sys.argv[1:]])
         written = write_audit(results, verdict, config.limits, root, command=command)
         print_verdict(results, verdict)
-        say(*(shown(written[name]) for name in ("index.html", "audit.json")))
+        print_lines(*(printable_path(written[name]) for name in ("index.html", "audit.json")))
         if verdict.passed is False:
-            say("afterimage: NOT within the limits", error=True)
-            raise SystemExit(FAILED)
+            print_lines("afterimage: NOT within the limits", error=True)
+            raise SystemExit(EXIT_OVER_LIMITS)
         if results.failures:
             raise SystemExit(1)
 
@@ -113,7 +113,7 @@ class Audit:
         """Return the settings of the file, or the defaults, overridden by the options of the command line."""
         # Without a file the class stands for its own defaults.
         base = AuditConfig if self.config is None else load_toml(AuditConfig, self.config)
-        attackers = given(
+        attackers = specified_options(
             self,
             *("decoders", "refine_steps", "refine_images"),
             data="attacker_data",
@@ -122,14 +122,14 @@ class Audit:
         )
         if self.estimate_images is not None:
             attackers["estimate"] = replace(base.attackers.estimate, images=self.estimate_images)
-        data = replace(base.data, **given(self, "test", "limit_test", source="data"))
-        settings = given(self, "layers", "defences", "weights", "prediction", "seed", "lpips") | {
+        data = replace(base.data, **specified_options(self, "test", "limit_test", source="data"))
+        settings = specified_options(self, "layers", "defences", "weights", "prediction", "seed", "lpips") | {
             "data": data.asked(self.size, self.resize),
             "attackers": replace(base.attackers, **attackers),
-            "limits": replace(base.limits, **given(self, "max_ssim", "max_identification")),
-            "recipe": replace(base.recipe, **given(self, "epochs")),
+            "limits": replace(base.limits, **specified_options(self, "max_ssim", "max_identification")),
+            "recipe": replace(base.recipe, **specified_options(self, "epochs")),
         }
-        if subject := given(self, "model", pairs="feature_store"):
+        if subject := specified_options(self, "model", pairs="feature_store"):
             settings |= {"model": "", "pairs": ""} | subject
         config = AuditConfig(**settings) if base is AuditConfig else replace(base, **settings)
         self._check_used(config)
@@ -138,24 +138,24 @@ class Audit:
     def _check_used(self, config: AuditConfig) -> None:
         """Check that every given option has an effect on this audit."""
         of_network = ("data", "test", "size", "resize", "limit_test", "weights", "prediction")
-        for name in given(self, *of_network) if config.pairs else ():
+        for name in specified_options(self, *of_network) if config.pairs else ():
             why = "stored features have their images and no network"
-            raise AfterimageError(f"{flag(name)} goes with a MODEL: {why}")
-        for name in given(self, "refine_steps", "refine_images"):
+            raise AfterimageError(f"{option_name(name)} goes with a MODEL: {why}")
+        for name in specified_options(self, "refine_steps", "refine_images"):
             if WHITE_BOX not in config.attackers.threat_models:
-                raise AfterimageError(f"{flag(name)} goes with --threat-model {WHITE_BOX}")
+                raise AfterimageError(f"{option_name(name)} goes with --threat-model {WHITE_BOX}")
 
 
-def print_verdict(results: Results, verdict: Verdict) -> None:
+def print_verdict(results: AuditResults, verdict: Verdict) -> None:
     """Print the table of attacks, all notes and the verdict."""
     from rich.text import Text
 
-    from afterimage.report.audit.verdict import SSIM, likeness, strongest
+    from afterimage.report.audit.verdict import SSIM, highest_identification, ssim_intervals
 
     numbers = ("identified (95 %)", "by", "SSIM (95 %)", "PSNR", "LPIPS", "network keeps", "bytes")
     found = table(f"audit of {results.subject['name']}", ("layer", "defence", "attacker"), numbers)
     for row in [*results.rows, *results.blind]:
-        by, share = strongest(row)
+        by, share = highest_identification(row)
         lpips = row.scores["lpips"]
         who = row.attacker
         cost = results.costs.get((row.layer, row.defence))
@@ -171,7 +171,7 @@ def print_verdict(results: Results, verdict: Verdict) -> None:
             "\n".join(
                 f"{value.estimate:.3f} ({value.low:.3f}–{value.high:.3f})"
                 + ("" if by == SSIM else ", seen part")
-                for by, value in likeness(row).items()
+                for by, value in ssim_intervals(row).items()
             ),
             f"{row.scores['psnr'].estimate:.2f}",
             "–" if lpips is None else f"{lpips.estimate:.3f}",

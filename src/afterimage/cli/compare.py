@@ -8,11 +8,11 @@ from typing import Annotated
 
 import tyro
 
-from afterimage.cli.shared import check_png, find_named, print_numbers, table
-from afterimage.config import shown
+from afterimage.cli.shared import check_png, find_local_or_hub_runs, print_numbers, table
+from afterimage.config import printable_path
 from afterimage.runs.files import write_atomic
 from afterimage.runs.repository import PREFIX
-from afterimage.runtime.terminal import say
+from afterimage.runtime.terminal import print_lines
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,26 @@ class Compare:
         check_png(self.output)
 
         def of(*names: str) -> list:
-            return records(read_rows(find_named(names)))
+            return records(read_rows(find_local_or_hub_runs(names)))
 
-        file, name = self.atlas, shown(self.atlas)
+        file, name = self.atlas, printable_path(self.atlas)
         if str(file).startswith(PREFIX):
             from afterimage.models.hub import pull_table
 
             file, name = pull_table(str(file))
-            say(f"atlas: {name}")
+            print_lines(f"atlas: {name}")
         atlas = of(str(file)) if file.is_dir() else read_atlas(file)
-        mine = entries(of(*self.runs), ", ".join(map(shown, self.runs)))
+        mine = entries(of(*self.runs), ", ".join(map(printable_path, self.runs)))
         comparison = compare(mine, entries(atlas, name), within=self.within)
         standings = standings_table(comparison)
         first, second, *between, last = standings.header
         print_numbers(standings, table(standings.title, (first, second), between, (last,)), 160)
-        say(*comparison.remarks)
+        print_lines(*comparison.remarks)
 
         from afterimage.report.figures import render, style
-        from afterimage.report.figures.scatter import standing
+        from afterimage.report.figures.scatter import ranking_figure
 
         with style():
-            drawing = standing(comparison)
+            drawing = ranking_figure(comparison)
         write_atomic(self.output, render(drawing.figure)[0])
-        say(f"saved: {shown(self.output)} ({drawing.caption})")
+        print_lines(f"saved: {printable_path(self.output)} ({drawing.caption})")

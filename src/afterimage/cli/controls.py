@@ -10,7 +10,7 @@ import tyro
 
 from afterimage.cli import shared
 from afterimage.cli.shared import find_runs, print_failures, print_numbers, table
-from afterimage.runs.controls import PARTS
+from afterimage.runs.controls import CONTROL_TYPES
 from afterimage.runs.run import Run, check_folder, is_done
 from afterimage.runtime.terminal import Display, console
 
@@ -31,8 +31,8 @@ class Controls:
     """Parts to measure: controls, error_breakdown, rate_distortion (default: all)."""
     force: bool = False
     """Measure again even if there are results."""
-    weights: shared.MovedWeights = None
-    lpips: shared.OwnLpips = None
+    weights: shared.WeightsOverride = None
+    lpips: shared.LpipsOverride = None
     cache: shared.Cache = None
     device: shared.Device = "auto"
 
@@ -45,7 +45,7 @@ class Controls:
         with Display() as display:
             failures = run_controls(
                 runs,
-                parts=self.only or tuple(PARTS),
+                parts=self.only or tuple(CONTROL_TYPES),
                 again=self.force,
                 weights=self.weights,
                 lpips=self.lpips,

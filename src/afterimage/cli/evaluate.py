@@ -10,10 +10,10 @@ import tyro
 
 from afterimage.cli import shared
 from afterimage.cli.shared import score_line
-from afterimage.config import counted, shown
+from afterimage.config import format_count, printable_path
 from afterimage.runs.files import write_csv
 from afterimage.runs.run import Run, check_file
-from afterimage.runtime.terminal import Display, say
+from afterimage.runtime.terminal import Display, print_lines
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Evaluate:
     """Run folder."""
     data: str | None = None
     """Source of the images to measure on, such as folder:PATH (default: the run's own test images)."""
-    weights: shared.MovedWeights = None
-    lpips: shared.OwnLpips = None
+    weights: shared.WeightsOverride = None
+    lpips: shared.LpipsOverride = None
     output: Path | None = None
     """CSV file for the scores of each image."""
     cache: shared.Cache = None
@@ -48,6 +48,6 @@ class Evaluate:
             )  # fmt: skip
         if self.output is not None:
             write_csv(self.output, rows)
-            say(f"scores of {counted(len(rows), 'image')}: {shown(self.output)}")
+            print_lines(f"scores of {format_count(len(rows), 'image')}: {printable_path(self.output)}")
         for name, score in summarise(rows).items():
-            say(score_line(name, score, metrics.lpips_status))
+            print_lines(score_line(name, score, metrics.lpips_status))

@@ -9,10 +9,10 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli import shared
-from afterimage.cli.shared import given
-from afterimage.config import DataConfig, counted, shown
+from afterimage.cli.shared import specified_options
+from afterimage.config import DataConfig, format_count, printable_path
 from afterimage.runs.run import check_file
-from afterimage.runtime.terminal import Display, say
+from afterimage.runtime.terminal import Display, print_lines
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Extract:
     def run(self) -> None:
         from afterimage.experiments.extract import Extraction, extract, plan_extraction
 
-        images = given(self, "test", "limit_train", "limit_validation", "limit_test", source="data")
+        images = specified_options(
+            self, "test", "limit_train", "limit_validation", "limit_test", source="data"
+        )
         data = DataConfig(**images).sized(self.size, self.resize)
         wanted = Extraction(
             self.sources, data, self.split, self.weights, self.seed, self.dtype, self.shard_images,
@@ -64,10 +66,10 @@ class Extract:
             plan = plan_extraction(wanted, self.out, cache=self.cache)
             for layer, size in zip(plan.layers, plan.features, strict=True):
                 shape = f"{layer.channels}×{layer.height}×{layer.width}"
-                say(f"{layer.source}: {shape} {self.dtype}, {size:,} bytes")
-            say(
-                f"{counted(plan.images, 'image')}, {plan.pixels:,} bytes of pixels",
-                f"in all {plan.pixels + sum(plan.features):,} bytes in {counted(plan.shards, 'file')}; "
+                print_lines(f"{layer.source}: {shape} {self.dtype}, {size:,} bytes")
+            print_lines(
+                f"{format_count(plan.images, 'image')}, {plan.pixels:,} bytes of pixels",
+                f"in all {plan.pixels + sum(plan.features):,} bytes in {format_count(plan.shards, 'file')}; "
                 "nothing was written",
             )
             return
@@ -75,4 +77,6 @@ class Extract:
         with Display() as display:
             facts = extract(wanted, self.out, cache=self.cache, accelerator=self.device, progress=display)
         layers = ", ".join(found.layer for found in facts.features)
-        say(f"features of {counted(facts.images, 'image')} in {facts.model} ({layers}): {shown(self.out)}")
+        print_lines(
+            f"features of {format_count(facts.images, 'image')} in {facts.model} ({layers}): {printable_path(self.out)}"
+        )

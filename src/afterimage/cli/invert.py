@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.cli import shared
-from afterimage.cli.shared import flag, given, image_lines, sort_arguments
-from afterimage.config import LPIPS_NETS, MAX_SEED, AfterimageError, DataConfig, check_range, shown
+from afterimage.cli.shared import classify_arguments, image_lines, option_name, specified_options
+from afterimage.config import LPIPS_NETS, MAX_SEED, AfterimageError, DataConfig, check_range, printable_path
 from afterimage.config.inversion import EstimateConfig, InversionConfig, InvertConfig
 from afterimage.runs.results import METRICS
 from afterimage.runs.run import Run, check_folder, scan
-from afterimage.runtime.terminal import Display, say
+from afterimage.runtime.terminal import Display, print_lines
 
 if TYPE_CHECKING:
     pass
@@ -82,7 +82,7 @@ class Invert:
         check_folder(self.output_dir, "--output-dir")
         check_range("seed", self.seed, 0, MAX_SEED)
         names = [field.name for field in fields(InvertConfig) if hasattr(self, field.name)]
-        method = InvertConfig(**given(self, *names))
+        method = InvertConfig(**specified_options(self, *names))
         folders, files, sources = self._sort()
         device = device_name(self.device)
         with Display() as display:
@@ -94,7 +94,7 @@ class Invert:
 
     def _sort(self) -> tuple[list[Path], list[Path], list[str]]:
         """Return the run folders, image files and layers that were given; raise if they do not go together."""
-        folders, files, sources = sort_arguments(self.what)
+        folders, files, sources = classify_arguments(self.what)
         if folders and sources:
             raise AfterimageError(f"a run's layers are its own; leave out {', '.join(sources)}")
         if self.refine_only and not folders:
@@ -106,7 +106,7 @@ class Invert:
         for name in ("held_out", "estimate_images"):
             if getattr(self, name) and (files or not folders):  # 0 asks for what is done anyway
                 raise AfterimageError(
-                    f"{flag(name)} needs a RUN without image files: it takes the run's validation images"
+                    f"{option_name(name)} needs a RUN without image files: it takes the run's validation images"
                 )
         if self.held_out and self.optimizer != "lbfgs":
             raise AfterimageError("--held-out goes with --optimizer lbfgs; adam takes --steps")
@@ -127,7 +127,7 @@ class Invert:
         from afterimage.analysis.inversion.run import from_data, from_files, invert_run
 
         folders = []
-        estimate = None if files else EstimateConfig(**given(self, images="estimate_images"))
+        estimate = None if files else EstimateConfig(**specified_options(self, images="estimate_images"))
         for path in paths:
             run = Run.open(path)
             data = run.config.data
@@ -135,7 +135,7 @@ class Invert:
                 inputs = from_files(files, resize=data.resize, crop=data.crop)
             else:
                 own = {"test": self.data, "limit_test": self.max_images} if self.data else {}
-                data = replace(data, **own or given(self, limit_test="max_images"))
+                data = replace(data, **own or specified_options(self, limit_test="max_images"))
                 inputs = from_data(data, cache=self.cache, progress=progress)
             folders += invert_run(
                 run, self.output_dir, method, inputs, plain=not self.refine_only, estimate=estimate,
@@ -180,7 +180,7 @@ class Invert:
         if each:
             for row in made[0].per_image:
                 lines = image_lines({name: row[name] for name in METRICS}, made[0].lpips)
-                say(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
+                print_lines(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
         done = [Row.of(run) for run in scan(self.output_dir) if run.state == "done"]
         written = write_bounds([row for row in done if row.kind == "inversion"], self.output_dir)
-        say(*map(shown, [*written, *(row.run.path for row in made)]))
+        print_lines(*map(printable_path, [*written, *(row.run.path for row in made)]))

@@ -10,7 +10,7 @@ import tyro
 
 from afterimage.cli.shared import table
 from afterimage.config import MAX_SIDE, NATIVE, Axis, check_range, size_pair
-from afterimage.runtime.terminal import console, say
+from afterimage.runtime.terminal import console, print_lines
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Layers:
             )
         console(140).print(found)
         print_unseen({layer.layer: layer.unseen for layer in layers})
-        say(*network.remarks)
+        print_lines(*network.remarks)
         if ended := traced.early_end:
-            say(f"WARNING: {ended}")
+            print_lines(f"WARNING: {ended}")
 
 
 def _placement(rows: Axis | None, columns: Axis | None) -> str:
@@ -69,4 +69,4 @@ def print_unseen(unseen: Mapping[str, str]) -> None:
     for text in dict.fromkeys(filter(None, unseen.values())):
         named = [name for name, own in unseen.items() if own == text]
         listed = "every layer" if len(named) == len(unseen) > 1 else ", ".join(named)
-        say(f"{listed}: {text}")
+        print_lines(f"{listed}: {text}")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.cli import shared
-from afterimage.cli.shared import find_runs, flag
-from afterimage.config import AfterimageError, counted, shown
+from afterimage.cli.shared import find_runs, option_name
+from afterimage.config import AfterimageError, format_count, printable_path
 from afterimage.runs.files import write_atomic
 from afterimage.runs.repository import PREFIX
 from afterimage.runs.run import Run
-from afterimage.runtime.terminal import say
+from afterimage.runtime.terminal import print_lines
 
 if TYPE_CHECKING:
     from afterimage.report.publish import ImageGrid
@@ -52,7 +52,7 @@ class Push:
     """Make a newly created repository private."""
     output_dir: Path | None = None
     """Write the repository's files into this folder, and upload nothing."""
-    weights: shared.MovedWeights = None
+    weights: shared.WeightsOverride = None
     device: shared.Device = "auto"
 
     def run(self) -> None:
@@ -67,7 +67,7 @@ class Push:
             ("space", "private", "a Space reads the decoders and its wheel without a token"),
         ):
             if getattr(self, one) and getattr(self, other):
-                raise AfterimageError(f"{flag(one)} does not go with {flag(other)}: {why}")
+                raise AfterimageError(f"{option_name(one)} does not go with {option_name(other)}: {why}")
         given = find_runs(self.folders)
         wheel = None
         if self.space:  # before anything is uploaded
@@ -84,29 +84,34 @@ class Push:
             kind, (decoders, files) = "model", self._decoders(given)
         for run in given:
             if not run.has_result:
-                say(f"left out: {run.name} ({run.state})")
+                print_lines(f"left out: {run.name} ({run.state})")
         if self.output_dir is not None:
             for name, content in files.items():
                 write_atomic(self.output_dir / name, content)
-            say(f"{counted(len(files), 'file')} of {self.to}: {shown(self.output_dir)}; nothing was uploaded")
+            print_lines(
+                f"{format_count(len(files), 'file')} of {self.to}: {printable_path(self.output_dir)}; "
+                "nothing was uploaded"
+            )
             return
 
         from huggingface_hub.constants import ENDPOINT
 
-        from afterimage.models.hub import collect, upload
+        from afterimage.models.hub import add_to_collection, upload
 
         commit = upload(files, self.to, private=self.private, kind=kind)
         if self.dataset:
-            say(f"scores at {ENDPOINT}/datasets/{self.to}, commit {commit}")
+            print_lines(f"scores at {ENDPOINT}/datasets/{self.to}, commit {commit}")
         else:
             what = self.to if len(decoders) == 1 else f"{self.to}/{decoders[0].name}"
-            say(f"{counted(len(decoders), 'decoder')} at {ENDPOINT}/{self.to}")
-            say(f"afterimage reconstruct ME.jpg --from {PREFIX}{what}@{commit}")
+            print_lines(f"{format_count(len(decoders), 'decoder')} at {ENDPOINT}/{self.to}")
+            print_lines(f"afterimage reconstruct ME.jpg --from {PREFIX}{what}@{commit}")
         if wheel is not None:
             self._push_space(decoders, commit, wheel)
         if self.collection is not None:
             kinds = [kind, "space"] if wheel is not None else [kind]
-            say(f"collection at {collect(self.collection, self.to, kinds, private=self.private)}")
+            print_lines(
+                f"collection at {add_to_collection(self.collection, self.to, kinds, private=self.private)}"
+            )
 
     def _push_space(self, runs: list[Run], commit: str, wheel: Wheel) -> None:
         """Upload the wheel first, then the Space's files: the hub installs requirements before it copies files."""
@@ -119,13 +124,13 @@ class Push:
         revision = upload({wheel.name: wheel.content}, self.to, kind="space")
         url = hf_hub_url(self.to, wheel.name, repo_type="space", revision=revision)
         upload(space_files(runs, self.to, commit, wheel, url, license=self.license), self.to, kind="space")
-        say(f"live page at {ENDPOINT}/spaces/{self.to}, when the hub has built it")
+        print_lines(f"live page at {ENDPOINT}/spaces/{self.to}, when the hub has built it")
 
     def _decoders(self, given: list[Run]) -> tuple[list[Run], dict[str, bytes]]:
-        from afterimage.report.publish import are_free, decoders_of, kept_images, repository_files
+        from afterimage.report.publish import is_shareable, kept_images, repository_files, shareable_runs
 
-        runs = decoders_of(given)
-        own = self.own_images or all(are_free(run.config.data) for run in runs)
+        runs = shareable_runs(given)
+        own = self.own_images or all(is_shareable(run.config.data) for run in runs)
         grid = (kept_images(runs) if own else None) or self._photographs(runs)
         files = repository_files(runs, given, self.to, grid, license=self.license, with_names=self.own_images)
         return runs, files
@@ -133,13 +138,13 @@ class Push:
     def _photographs(self, runs: list[Run]) -> ImageGrid:
         """Reconstruct photographs that are free to share with every decoder."""
         from afterimage.data.sources.sample_images import whole_photographs
-        from afterimage.experiments.inference import rebuild
-        from afterimage.report.publish import FREE, SHOWN_IMAGES, ImageGrid
+        from afterimage.experiments.inference import reconstruct_files
+        from afterimage.report.publish import SHAREABLE_SOURCES, SHOWN_IMAGES, ImageGrid
         from afterimage.runtime.device import device_name
 
         paths, device = whole_photographs()[:SHOWN_IMAGES], device_name(self.device)
-        found = {run.name: rebuild(paths, run, weights=self.weights, device=device) for run in runs}
+        found = {run.name: reconstruct_files(paths, run, weights=self.weights, device=device) for run in runs}
         originals = [one.original for one in found[runs[0].name]]
         learned = any(run.config.data.source == "photographs" for run in runs)
-        what = FREE["photographs"] + (", and some decoders learned from" if learned else "")
+        what = SHAREABLE_SOURCES["photographs"] + (", and some decoders learned from" if learned else "")
         return ImageGrid(what, originals, {name: [one.image for one in own] for name, own in found.items()})

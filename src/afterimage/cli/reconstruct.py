@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from afterimage.cli import shared
-from afterimage.cli.shared import check_png, find_runs, image_lines, sort_arguments
-from afterimage.config import LPIPS_NETS, AfterimageError, shown
+from afterimage.cli.shared import check_png, classify_arguments, find_runs, image_lines
+from afterimage.config import LPIPS_NETS, AfterimageError, printable_path
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
-from afterimage.runtime.terminal import Display, say
+from afterimage.runtime.terminal import Display, print_lines
 
 if TYPE_CHECKING:
-    from afterimage.experiments.inference import Rebuilt
+    from afterimage.experiments.inference import ReconstructedImage
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Reconstruct:
     output: Path | None = None
     """PNG file for the figure; several figures become FILE-1.png, FILE-2.png and so on (default:
     IMAGE.reconstruction.png in the working folder, named after the first image)."""
-    weights: shared.MovedWeights = None
-    lpips: shared.OwnLpips = None
+    weights: shared.WeightsOverride = None
+    lpips: shared.LpipsOverride = None
     device: shared.Device = "auto"
 
     def run(self) -> None:
-        folders, images, layers = sort_arguments(self.what)
+        folders, images, layers = classify_arguments(self.what)
         runs = find_runs(tuple(folders)) if folders or not (layers or self.from_) else []
         if not images:
             raise AfterimageError("name at least one image file")
@@ -62,7 +62,7 @@ class Reconstruct:
             from afterimage.models.hub import pull
 
             runs += [pull(address) for address in self.from_]
-            say(*(f"decoder: {run.name}" for run in runs[-len(self.from_) :]))
+            print_lines(*(f"decoder: {run.name}" for run in runs[-len(self.from_) :]))
         runs += self._fitted(layers, images) if layers else []
         if len(runs) == len(images) == 1:
             self._one(runs[0], images, output)
@@ -81,26 +81,30 @@ class Reconstruct:
             for layer in layers:
                 options = {"weights": self.weights or "pretrained", "lpips": lpips, "device": self.device}
                 runs.append(fit_run(layer, self.data or "procedural:100", progress=display, **options))
-        say(*(f"decoder: {_told(run)}; kept in {shown(run.path)}" for run in runs))
+        print_lines(
+            *(f"decoder: {_describe_weights(run)}; kept in {printable_path(run.path)}" for run in runs)
+        )
         return runs
 
     def _one(self, run: Run, images: list[Path], output: Path) -> None:
         from afterimage.data.dataset import file_notes
         from afterimage.evaluation.metrics import Metrics
-        from afterimage.experiments.inference import rebuild, side_by_side
+        from afterimage.experiments.inference import reconstruct_files, write_side_by_side
         from afterimage.runtime.device import device_name
 
         metrics = Metrics(self.lpips or run.lpips_net, size=min(run.config.data.size))
-        (rebuilt,) = rebuild(images, run, metrics, weights=self.weights, device=device_name(self.device))
-        side_by_side(rebuilt, output, _told(run))
+        (rebuilt,) = reconstruct_files(
+            images, run, metrics, weights=self.weights, device=device_name(self.device)
+        )
+        write_side_by_side(rebuilt, output, _describe_weights(run))
         notes = file_notes(images, run.config.data)
-        say(*image_lines(rebuilt.scores, metrics.lpips_status), *notes)
-        say(f"saved: {shown(output)} (original left, reconstruction right)")
+        print_lines(*image_lines(rebuilt.scores, metrics.lpips_status), *notes)
+        print_lines(f"saved: {printable_path(output)} (original left, reconstruction right)")
 
     def _several(self, runs: list[Run], images: list[Path], output: Path) -> None:
         from afterimage.data.dataset import file_notes
         from afterimage.evaluation.metrics import Metrics
-        from afterimage.experiments.inference import rebuild
+        from afterimage.experiments.inference import reconstruct_files
         from afterimage.report.figures import own_images, render
         from afterimage.report.rows import read_rows
         from afterimage.runtime.device import device_name
@@ -119,11 +123,11 @@ class Reconstruct:
         data = rows.decoders[0].config.data
         nets = {row.run: self.lpips or row.lpips.net for row in rows.decoders}
         metrics = {net: Metrics(net, size=min(data.size)) for net in set(nets.values())}
-        found: dict[Run, dict[str, Rebuilt]] = {}
+        found: dict[Run, dict[str, ReconstructedImage]] = {}
         with Display() as display:
             for number, row in enumerate(rows.decoders):
                 display("reconstructing", number, len(rows.decoders), run=row.run.name)
-                results = rebuild(
+                results = reconstruct_files(
                     images, row.run, metrics[nets[row.run]], weights=self.weights, device=device
                 )
                 found[row.run] = dict(zip(names, results, strict=True))
@@ -131,21 +135,22 @@ class Reconstruct:
         for row in rows.decoders:
             for name, rebuilt in found[row.run].items():
                 lines = image_lines(rebuilt.scores, metrics[nets[row.run]].lpips_status)
-                say(f"{row.label}, {name}: {', '.join(lines)}")
-        say(*file_notes(images, data))
+                print_lines(f"{row.label}, {name}: {', '.join(lines)}")
+        print_lines(*file_notes(images, data))
         for left in rows.unfinished:
-            say(f"left out: {left.run.name} ({left.state})")
+            print_lines(f"left out: {left.run.name} ({left.state})")
         drawings = own_images(rows, found)
         for number, drawing in enumerate(drawings, 1):
             several = len(drawings) > 1
             path = output.with_stem(f"{output.stem}-{number}") if several else output
             write_atomic(path, render(drawing.figure)[0])
-            say(
-                f"saved: {shown(path)} ({f'{drawing.title}; ' if several else ''}mean: over a run's own test images)"
+            print_lines(
+                f"saved: {printable_path(path)} ({f'{drawing.title}; ' if several else ''}mean: over a "
+                "run's own test images)"
             )
 
 
-def _told(run: Run) -> str:
+def _describe_weights(run: Run) -> str:
     """Describe a decoder and its training images without their folder's path, because figures are passed on."""
     if not run.has_result:
         return run.name
@@ -161,7 +166,7 @@ def _told(run: Run) -> str:
 
 def _names(paths: list[Path]) -> list[str]:
     """Return the images' names in the figure: their stems, or whole paths if stems repeat."""
-    stems = [shown(path.stem) for path in paths]
-    names = stems if len(set(stems)) == len(stems) else [shown(path) for path in paths]
+    stems = [printable_path(path.stem) for path in paths]
+    names = stems if len(set(stems)) == len(stems) else [printable_path(path) for path in paths]
     # Two names may differ only in bytes that are not valid text.
     return names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names, 1)]

@@ -9,9 +9,9 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli.shared import find_runs
-from afterimage.config import shown
+from afterimage.config import printable_path
 from afterimage.runs.run import check_folder
-from afterimage.runtime.terminal import Display, say
+from afterimage.runtime.terminal import Display, print_lines
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,6 @@ class Report:
         with Display() as display:
             written = write_report(runs, output, title=title, spread=spread, progress=display)
         named = [written[name] for name in ("report.md", "index.html") if name in written]
-        say(*map(shown, named), f"and {len(written) - len(named)} more files beside them")
+        print_lines(*map(printable_path, named), f"and {len(written) - len(named)} more files beside them")
         if "index.html" not in written:
-            say("afterimage: the page could not be written; report.md says why", error=True)
+            print_lines("afterimage: the page could not be written; report.md says why", error=True)

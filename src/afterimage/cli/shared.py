@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from afterimage.config import AfterimageError, counted, shown
+from afterimage.config import AfterimageError, format_count, printable_path
 from afterimage.runs.repository import PREFIX
 from afterimage.runs.results import METRICS, LpipsStatus, Score
 from afterimage.runs.run import Run, check_file, scan
-from afterimage.runtime.terminal import complain, console, printable
+from afterimage.runtime.terminal import console, print_error, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from afterimage.report.format import Numbers
+    from afterimage.report.format import TextTable
 
 Sources = Annotated[tuple[str, ...], Positional, arg(metavar="MODEL:LAYER [...]")]
 Images = Annotated[
@@ -45,11 +45,11 @@ Weights = Annotated[
         "folder, random (a random control whose blocks act) or random-init (one as its library initialises it)."
     ),
 ]
-MovedWeights = Annotated[
+WeightsOverride = Annotated[
     str | None,
     arg(help="File or folder of the encoders' weights, if they have moved since training."),
 ]
-OwnLpips = Annotated[
+LpipsOverride = Annotated[
     str | None,
     arg(help="LPIPS network: alex, vgg or squeeze (default: the network that each run was measured with)."),
 ]
@@ -66,7 +66,7 @@ Devices = Annotated[
 ]
 
 
-def given(command: Any, *names: str, **fields: str) -> dict[str, Any]:
+def specified_options(command: Any, *names: str, **fields: str) -> dict[str, Any]:
     """Return the options of a command that are neither None nor empty.
 
     Args:
@@ -78,7 +78,7 @@ def given(command: Any, *names: str, **fields: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, "", ())}
 
 
-def flag(name: str) -> str:
+def option_name(name: str) -> str:
     """Return an option as it is written on the command line, such as `--max-images` for `max_images`."""
     return f"--{name.replace('_', '-')}"
 
@@ -97,11 +97,11 @@ def find_runs(folders: tuple[Path, ...]) -> list[Run]:
         for run in ([Run(folder)] if (folder / "config.toml").exists() else scan(folder))
     ]
     if not runs:
-        raise AfterimageError(f"there is no run in {', '.join(map(shown, folders))}")
+        raise AfterimageError(f"there is no run in {', '.join(map(printable_path, folders))}")
     return runs
 
 
-def find_named(names: tuple[str, ...]) -> list[Run]:
+def find_local_or_hub_runs(names: tuple[str, ...]) -> list[Run]:
     """Find the runs in folders, as `find_runs` does, and all decoders at addresses of the hub (`hub:USER/NAME`)."""
     addresses = [name for name in names if name.startswith(PREFIX)]
     folders = tuple(Path(name) for name in names if name not in addresses)
@@ -113,7 +113,7 @@ def find_named(names: tuple[str, ...]) -> list[Run]:
     return runs
 
 
-def sort_arguments(given: tuple[str, ...]) -> tuple[list[Path], list[Path], list[str]]:
+def classify_arguments(given: tuple[str, ...]) -> tuple[list[Path], list[Path], list[str]]:
     """Sort arguments into run folders, image files and `model:layer` by what exists on disk.
 
     Raises:
@@ -127,21 +127,23 @@ def sort_arguments(given: tuple[str, ...]) -> tuple[list[Path], list[Path], list
         elif ":" in name:
             layers.append(name)
         else:
-            raise AfterimageError(f"{shown(name)} is no image file, no run folder and no MODEL:LAYER")
+            raise AfterimageError(
+                f"{printable_path(name)} is no image file, no run folder and no MODEL:LAYER"
+            )
     return folders, files, layers
 
 
 def check_png(path: Path) -> None:
     """Raise unless the file of --output is a PNG file that can be written."""
     if path.suffix.lower() != ".png":
-        raise AfterimageError(f"--output {shown(path)}: the figure is a PNG file, name it .png")
+        raise AfterimageError(f"--output {printable_path(path)}: the figure is a PNG file, name it .png")
     check_file(path, "--output")
 
 
 def print_failures(failures: Iterable[AfterimageError]) -> None:
     """Print each failure on standard error."""
     for error in failures:
-        complain("failed", error)
+        print_error("failed", error)
 
 
 def table(title: str, left: Sequence[str], right: Sequence[str] = (), last: Sequence[str] = ()) -> Table:
@@ -155,7 +157,7 @@ def table(title: str, left: Sequence[str], right: Sequence[str] = (), last: Sequ
     return table
 
 
-def print_numbers(numbers: Numbers, columns: Table, width: int) -> None:
+def print_numbers(numbers: TextTable, columns: Table, width: int) -> None:
     """Print the rows of a table of numbers under the given columns."""
     for row in numbers.rows:
         columns.add_row(*map(printable, row))
@@ -171,9 +173,7 @@ def score_line(name: str, score: Score | None, lpips: LpipsStatus) -> str:
     unit, digits = metric.unit, 2 if name == "psnr" else 4
     if score.std is None:
         return f"{label} {score.mean:.{digits}f}{unit}"
-    return (
-        f"{label} {score.mean:.{digits}f} ± {score.std:.{digits}f}{unit} over {counted(score.count, 'image')}"
-    )
+    return f"{label} {score.mean:.{digits}f} ± {score.std:.{digits}f}{unit} over {format_count(score.count, 'image')}"
 
 
 def image_lines(scores: Mapping[str, float | None], lpips: LpipsStatus) -> list[str]:

@@ -12,21 +12,21 @@ import tyro
 
 from afterimage.cli import shared
 from afterimage.cli.report import Report
-from afterimage.cli.shared import given, print_failures, print_table, table
+from afterimage.cli.shared import print_failures, print_table, specified_options, table
 from afterimage.config import (
     MAX_PROCESSES,
     AfterimageError,
     DecoderConfig,
     RunConfig,
     check_range,
-    counted,
+    format_count,
     parse_count,
-    shown,
+    printable_path,
 )
-from afterimage.config.study import StudyConfig, from_models, load_study, shipped
+from afterimage.config.study import StudyConfig, load_study, shipped, study_from_models
 from afterimage.runs.run import check_folder, is_done
-from afterimage.runtime.failures import as_error, let_go
-from afterimage.runtime.terminal import Display, clock, console, say
+from afterimage.runtime.failures import clear_error_frames, to_afterimage_error
+from afterimage.runtime.terminal import Display, console, format_duration, print_lines
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class Study:
 
     def run(self) -> None:
         if not self.study and not self.models:
-            say("shipped studies: " + ", ".join(shipped()))
+            print_lines("shipped studies: " + ", ".join(shipped()))
             return
-        from afterimage.experiments.study import Part, expand, run_study
+        from afterimage.experiments.study import StudyShard, expand_study, run_study
         from afterimage.runtime.distributed import on_main_process
 
         if self.study and self.models:
@@ -112,20 +112,20 @@ class Study:
             raise AfterimageError("give --dry-run or --list-groups, not both")
         if self.models:
             split = [[part.strip() for part in text.split(",")] for text in (self.models, self.layers or "*")]
-            study, name = from_models(*split), "-".join(split[0])
+            study, name = study_from_models(*split), "-".join(split[0])
         else:
             study, name = load_study(self.study), Path(self.study).stem
         study = self._changed(study)
         if self.estimate_images and not study.invert:
             raise AfterimageError("--estimate-images goes with --invert: this study finds no measured bounds")
-        part = Part.parse(self.shard) if self.shard else Part()
+        part = StudyShard.parse(self.shard) if self.shard else StudyShard()
         root = self.output_dir or Path("runs") / name
         check_folder(root, "--output-dir", writable=not (self.dry_run or self.list_groups))
         executor = self._executor()
         with Display() as display:
             if self.dry_run or self.list_groups:
                 failures: list[AfterimageError] = []
-                configs = part.of(expand(study, display, failures))
+                configs = part.of(expand_study(study, display, failures))
                 if self.dry_run:
                     print_plan(configs, study)
                 else:
@@ -152,7 +152,9 @@ class Study:
                 if part.count == 1:
                     Report((root,), title=study.title).run()
             if part.count > 1:
-                say(f"part {self.shard} of the study; when all are done: afterimage report {shown(root)}")
+                print_lines(
+                    f"part {self.shard} of the study; when all are done: afterimage report {printable_path(root)}"
+                )
         finally:
             print_failures(failures)
         if failures:
@@ -160,14 +162,14 @@ class Study:
 
     def _executor(self) -> dict[str, Any]:
         """Return the functions of Ray that train runs and find bounds, with their options; empty for this process."""
-        asked = given(self, "cpus", "retries")
+        asked = specified_options(self, "cpus", "retries")
         for name, least in (("cpus", 1), ("retries", 0)):
             check_range(f"--{name}", asked.get(name, least), least, MAX_PROCESSES)
         if self.executor == "ray":
             from afterimage.experiments.ray.driver import find_bounds_on_ray, train_on_ray
 
             return {"train": partial(train_on_ray, **asked), "bounds": partial(find_bounds_on_ray, **asked)}
-        for name in given(self, "address", "cpus", "retries"):
+        for name in specified_options(self, "address", "cpus", "retries"):
             raise AfterimageError(f"--{name} goes with --executor ray")
         return {}
 
@@ -181,17 +183,17 @@ class Study:
 
     def _changed(self, study: StudyConfig) -> StudyConfig:
         """Return the study with the options of the command line in place of its own settings."""
-        data = given(self, "test", "limit_train", "limit_validation", "limit_test", source="data")
+        data = specified_options(self, "test", "limit_train", "limit_validation", "limit_test", source="data")
         if self.data:
             data["test"] = self.test
-        recipe = given(self, "epochs", "batch_size", "loss", "precision")
+        recipe = specified_options(self, "epochs", "batch_size", "loss", "precision")
         rows = []
         for row in study.rows:
             own = tuple(d for d in row.decoders if not self.decoders or d.name in self.decoders)
             if own or not row.decoders:  # a row without any wanted decoder is left out
                 kept = {key: value for key, value in row.recipe.items() if key not in recipe}
                 rows.append(replace(row, decoders=own, recipe=kept))
-        changed = given(self, "seeds", "weights", "lpips", "invert")
+        changed = specified_options(self, "seeds", "weights", "lpips", "invert")
         if self.decoders:
             changed["decoders"] = tuple(map(DecoderConfig, self.decoders))
         if self.parameters:
@@ -202,7 +204,7 @@ class Study:
             recipe=replace(study.recipe, **recipe),
             rows=tuple(rows),
             controls=self.controls or study.controls,
-            estimate=replace(study.estimate, **given(self, images="estimate_images")),
+            estimate=replace(study.estimate, **specified_options(self, images="estimate_images")),
             **changed,
         )
 
@@ -213,26 +215,28 @@ def print_groups(configs: list[RunConfig]) -> None:
 
     split = study_groups(configs)
     for number, group in enumerate(split, 1):
-        say(" ".join([f"{number}/{len(split)}", *(config.name for config in group)]))
+        print_lines(" ".join([f"{number}/{len(split)}", *(config.name for config in group)]))
 
 
 def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
     """Print a table of a study's runs with their estimated cost, and the estimated cost of its measured bounds."""
-    from afterimage.analysis.inversion.best_estimate import learning_macs
+    from afterimage.analysis.inversion.best_estimate import corrector_training_macs
     from afterimage.cli.layers import print_unseen
-    from afterimage.experiments.cost import macs_per_second, plan
+    from afterimage.experiments.cost import estimate_cost, macs_per_second
     from afterimage.experiments.study import study_groups
     from afterimage.models.fusion import FUSIONS
 
     plans, problems = [], []
     for config in configs:
         try:
-            plans.append(plan(config))
+            plans.append(estimate_cost(config))
         except Exception as error:
-            problems.append(f"cannot be built: {as_error(error, config.name)}")
-            let_go(error)
+            problems.append(f"cannot be built: {to_afterimage_error(error, config.name)}")
+            clear_error_frames(error)
     numbers = ("parameters", "encoder MACs", "decoder MACs", "epochs", "time", "memory")
-    found = table(f"{counted(len(configs), 'run')}, none started", ("features", "shape", "decoder"), numbers)
+    found = table(
+        f"{format_count(len(configs), 'run')}, none started", ("features", "shape", "decoder"), numbers
+    )
     for one in plans:
         config = one.config
         sources = list(config.sources)
@@ -249,29 +253,32 @@ def print_plan(configs: list[RunConfig], study: StudyConfig) -> None:
             f"{one.encoder_macs / 1e6:,.0f} M",
             f"{one.decoder_macs / 1e6:,.0f} M",
             str(one.epochs),
-            f"~{clock(one.seconds)}",
+            f"~{format_duration(one.seconds)}",
             f"~{one.bytes / 2**30:.1f} GiB",
         )
     console(180).print(found)
     print_unseen({source: text for one in plans for source, text in one.unseen.items()})
-    say(*problems)
+    print_lines(*problems)
     if study.invert and plans:
         steps, held_out, learn = study.inversion.steps, study.inversion.held_out, study.estimate.images
-        text = f"{counted(study.invert, 'image')} of each run"
+        text = f"{format_count(study.invert, 'image')} of each run"
         if learn:
             text += f" and {learn} to learn best estimates from"
         elif held_out:
             text += f" and {held_out} to choose the number of passes on"
         macs = sum(3 * steps * (study.invert + max(learn, held_out)) * one.encoder_macs for one in plans)
         if learn:
-            macs += sum(learning_macs(study.estimate, one.config.data.size) for one in plans)
-        say(
-            f"measured bounds: {text}, at most {counted(steps, 'pass', 'passes')} forward and backward each: "
-            f"~{clock(macs / macs_per_second())}"
+            macs += sum(corrector_training_macs(study.estimate, one.config.data.size) for one in plans)
+        print_lines(
+            f"measured bounds: {text}, at most {format_count(steps, 'pass', 'passes')} forward and backward each: "
+            f"~{format_duration(macs / macs_per_second())}"
         )
     total = sum(one.seconds for one in plans)
-    say(f"{counted(len(study_groups(configs)), 'group')} of runs that are trained together (--list-groups)")
-    say(
-        f"estimates at {macs_per_second() / 1e9:.0f} GMAC/s, measured here on one convolution: ~{clock(total)} if each "
+    print_lines(
+        f"{format_count(len(study_groups(configs)), 'group')} of runs that are trained together (--list-groups)"
+    )
+    print_lines(
+        f"estimates at {macs_per_second() / 1e9:.0f} GMAC/s, measured here on one convolution: "
+        f"~{format_duration(total)} if each "
         "run were trained alone; runs that share encoders share their pass. MACs are for one image."
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from afterimage.cli import shared
-from afterimage.cli.shared import flag, given, print_failures, print_table
+from afterimage.cli.shared import option_name, print_failures, print_table, specified_options
 from afterimage.config import (
     MAX_STEPS,
     AfterimageError,
@@ -21,11 +21,11 @@ from afterimage.config import (
     RunConfig,
     check_range,
     parse_count,
-    shown,
-    unknown,
+    printable_path,
+    unknown_choice_error,
 )
 from afterimage.runs.run import is_done
-from afterimage.runtime.terminal import Display, say
+from afterimage.runtime.terminal import Display, print_lines
 
 Flat = tyro.conf.OmitArgPrefixes
 
@@ -85,7 +85,7 @@ class Train:
         for name in ("plateau_factor", "plateau_patience"):
             changed = getattr(self.recipe, name) != getattr(RecipeConfig, name)
             if changed and self.recipe.scheduler != "plateau":
-                raise AfterimageError(f"{flag(name)} goes with --scheduler plateau")
+                raise AfterimageError(f"{option_name(name)} goes with --scheduler plateau")
         check_range("--profile", self.profile, 0, MAX_STEPS)
         if self.profile and self.devices > 1:
             raise AfterimageError("--profile measures one process: leave out --devices")
@@ -98,7 +98,7 @@ class Train:
             runs = train_runs(configs, self.output_dir, failures=failures, progress=display, **where)
         if on_main_process() and any(is_done(run) for run in runs):
             print_table(runs)
-            say(*(f"run: {shown(run.path)}" for run in runs))
+            print_lines(*(f"run: {printable_path(run.path)}" for run in runs))
         if failures and not on_main_process():
             raise SystemExit(1)
         print_failures(failures[1:])
@@ -107,14 +107,16 @@ class Train:
 
     def _configs(self) -> list[RunConfig]:
         from afterimage.models.decoders import DECODERS, decoder_family
-        from afterimage.models.encoders.providers import at_native_size, resolve
+        from afterimage.models.encoders.providers import at_native_size, resolve_source
         from afterimage.models.fusion import FUSIONS
 
-        images = given(self, "test", "limit_train", "limit_validation", "limit_test", source="data")
+        images = specified_options(
+            self, "test", "limit_train", "limit_validation", "limit_test", source="data"
+        )
         data = DataConfig(**images).asked(self.size, self.resize, self.protocol)
         families = {name: decoder_family(name) for name in self.decoders}  # before any image is read
         if self.fusion and self.fusion not in FUSIONS:
-            raise unknown("fusion", self.fusion, FUSIONS)
+            raise unknown_choice_error("fusion", self.fusion, FUSIONS)
         count = parse_count(self.parameters, "--parameters") if self.parameters else None
         fixed = [name for name, family in families.items() if not family.size_option]
         if count is not None and fixed:
@@ -122,7 +124,7 @@ class Train:
             only = f"{', '.join(fixed)} has one size only"
             raise AfterimageError(f"--parameters: {only}; decoders that come in sizes: {sized}")
         if self.features is None:
-            features, weights, resolved = None, self.weights, tuple(map(resolve, self.sources))
+            features, weights, resolved = None, self.weights, tuple(map(resolve_source, self.sources))
         else:
             features, weights, resolved = self._stored()
         if self.fusion and len(resolved) < 2:
@@ -157,7 +159,7 @@ class Train:
         sources = []
         for asked in self.sources or layers:
             if asked not in layers and asked not in layers.values():
-                raise unknown(f"layer of {shown(self.features)}", asked, layers)
+                raise unknown_choice_error(f"layer of {printable_path(self.features)}", asked, layers)
             sources.append(layers.get(asked, asked))
         weights = "" if store.facts is None else store.facts.weights
         return FeaturesConfig(str(store.path), store.digest), weights, tuple(dict.fromkeys(sources))

@@ -10,10 +10,10 @@ import tyro
 
 from afterimage.cli import shared
 from afterimage.cli.shared import find_runs
-from afterimage.config import counted
-from afterimage.runtime.terminal import Display, say
+from afterimage.config import format_count
+from afterimage.runtime.terminal import Display, print_lines
 
-NOT_MEASURED = 4
+EXIT_NOT_MEASURED = 4
 """Exit code if no run fails but some could not be measured; 1 means a run that does not hold, or an error."""
 
 
@@ -29,7 +29,7 @@ class Verify:
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STUDY|RUN [...]")]
     """Run folders, or folders that hold run folders."""
-    weights: shared.MovedWeights = None
+    weights: shared.WeightsOverride = None
     cache: shared.Cache = None
     device: shared.Device = "auto"
 
@@ -44,7 +44,7 @@ class Verify:
         for verdict in verdicts:
             worst = ", ".join(f"{name} by {value:.2g}" for name, value in verdict.worst.items())
             measured = (
-                f": {counted(verdict.images, 'image')}, scores differ at most: {worst}" if worst else ""
+                f": {format_count(verdict.images, 'image')}, scores differ at most: {worst}" if worst else ""
             )
             held = (
                 "holds" if verdict.holds
@@ -55,10 +55,10 @@ class Verify:
             lines = [f"{held}  {verdict.run.name}{measured or (verdict.skipped and f': {verdict.skipped}')}"]
             lines += [f"    {problem}" for problem in (*verdict.problems, *verdict.missing)]
             lines += [f"    changed: {change}" for change in verdict.changes]
-            say(*lines)
+            print_lines(*lines)
         hold, fail = sum(v.holds for v in verdicts), sum(bool(v.problems) for v in verdicts)
         unmeasured = sum(bool(v.missing and not v.problems) for v in verdicts)
         told = f", {unmeasured} could not be measured" if unmeasured else ""
-        say(f"{hold} of {len(verdicts)} runs hold, {fail} do not{told}")
+        print_lines(f"{hold} of {len(verdicts)} runs hold, {fail} do not{told}")
         if fail or unmeasured:
-            raise SystemExit(1 if fail else NOT_MEASURED)
+            raise SystemExit(1 if fail else EXIT_NOT_MEASURED)

@@ -14,11 +14,11 @@ from afterimage.config.errors import (
     check_choice,
     check_positive,
     check_range,
-    counted,
     first_line,
-    listed,
-    shown,
-    unknown,
+    format_count,
+    join_names,
+    printable_path,
+    unknown_choice_error,
 )
 from afterimage.config.images import NATIVE, PROTOCOLS, SSIM_WINDOW, DataConfig, size_pair, size_text
 from afterimage.config.names import (
@@ -38,8 +38,8 @@ from afterimage.config.names import (
 )
 from afterimage.config.schema import (
     LOSS_NAMES,
+    LPIPS_MIN_SIDE,
     LPIPS_NETS,
-    LPIPS_SMALLEST,
     Axis,
     BaselineConfig,
     DecoderConfig,

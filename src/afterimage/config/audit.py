@@ -13,8 +13,8 @@ from afterimage.config.errors import (
     MAX_STEPS,
     AfterimageError,
     check_choice,
+    check_fraction,
     check_range,
-    check_share,
 )
 from afterimage.config.images import DataConfig
 from afterimage.config.inversion import EstimateConfig
@@ -159,7 +159,7 @@ class AuditConfig:
         if self.pairs and self.recipe.augment:  # features are of unaugmented images
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
         check_range("seed", self.seed, 0, MAX_SEED)
-        check_share(self, "test_fraction")
+        check_fraction(self, "test_fraction")
         object.__setattr__(self, "weights", absolute_weights(self.weights))
         if self.pairs:
             object.__setattr__(self, "pairs", absolute_path(self.pairs))
@@ -171,6 +171,6 @@ class AuditConfig:
         return self.model or self.pairs
 
 
-def digest(settings: Mapping[str, Any]) -> str:
+def short_digest(settings: Mapping[str, Any]) -> str:
     """Return the first eight hexadecimal digits of the settings' SHA-256, as a name for them."""
     return sha256_of(settings, (",", ":"))[:8]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-MAX_NAME = 200
+MAX_NAME_LENGTH = 200
 """Number of characters of an unknown name that are compared and shown: comparing takes quadratic time."""
 
 MAX_SEED = 2**63 - 1
@@ -29,27 +29,27 @@ class AfterimageError(Exception):
     """A problem that the user can put right. The command line prints its message without a traceback."""
 
 
-def unknown(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> AfterimageError:
+def unknown_choice_error(kind: str, name: str, valid: Iterable[str], *, limit: int = 40) -> AfterimageError:
     """Create the error for an unknown name of a `kind`, with near matches and up to `limit` valid names."""
-    valid, name = list(valid), name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}…"
+    valid, name = list(valid), name if len(name) <= MAX_NAME_LENGTH else f"{name[:MAX_NAME_LENGTH]}…"
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     listed = ", ".join(valid[:limit]) + (f", … ({len(valid) - limit} more)" if len(valid) > limit else "")
     return AfterimageError(f"unknown {kind} {name!r}{hint} Valid: {listed}")
 
 
-def listed(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
+def join_names(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
     """Join at most `most` names: `a, b, c and 5 more`."""
     more, end = len(names) - most, " " if between == ", " else between
     return between.join(names[:most]) + (f"{end}and {more:,} more" if more > 0 else "")
 
 
-def counted(number: int, noun: str, several: str = "") -> str:
+def format_count(number: int, noun: str, several: str = "") -> str:
     """Return a number with its noun, as in `1 run` or `1,200 runs`; `several` is an irregular plural."""
     return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
 
 
-def shown(path: str | Path) -> str:
+def printable_path(path: str | Path) -> str:
     """Return a path as printable text, with undecodable bytes and control characters escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -78,12 +78,12 @@ def check_positive(owner: object, *names: str, most: int | float = math.inf) -> 
 
 
 def check_choice(kind: str, value: str, valid: Iterable[str]) -> None:
-    """Check that a value is one of the valid ones; raise the error of `unknown` if not."""
+    """Check that a value is one of the valid ones; raise the error of `unknown_choice_error` if not."""
     if value not in (valid := list(valid)):
-        raise unknown(kind, value, valid)
+        raise unknown_choice_error(kind, value, valid)
 
 
-def check_share(config: object, *names: str) -> None:
+def check_fraction(config: object, *names: str) -> None:
     """Check that attributes of a config lie between 0 and 1, both excluded."""
     for name in names:
         if not 0 < getattr(config, name) < 1:

@@ -12,9 +12,9 @@ from afterimage.config.errors import (
     MAX_SIDE,
     AfterimageError,
     check_choice,
+    check_fraction,
     check_positive,
     check_range,
-    check_share,
 )
 from afterimage.config.names import absolute_source
 
@@ -142,7 +142,7 @@ class DataConfig:
                 raise AfterimageError(f"crop ({text}) must not be larger than resize ({self.resize})")
         if self.protocol is not None:
             self._follow(self.protocol)
-        check_share(self, "validation_fraction", "test_fraction")
+        check_fraction(self, "validation_fraction", "test_fraction")
         check_range("split_seed", self.split_seed, 0, MAX_SEED)
         check_positive(self, "limit_train", "limit_validation", "limit_test", most=MAX_IMAGES)
         for name in ("source", "test"):

@@ -27,22 +27,22 @@ OPTIMIZERS = ("adam", "lbfgs")
 INVERSION_PRECISIONS = ("32-true", "bf16-mixed")
 """Precisions of the encoder: float32, or bfloat16 for as long as its rounding does not matter."""
 
-HELD_OUT = 32
+MAX_ERROR_IMAGES = 32
 """Largest number of validation images that a decoder's errors are learnt from."""
 
 
-def error_images(count: int) -> int:
+def num_error_images(count: int) -> int:
     """Return the number of validation images, the first of `count`, to learn a decoder's errors from: at most half."""
-    return min(HELD_OUT, count // 2)
+    return min(MAX_ERROR_IMAGES, count // 2)
 
 
-def other_images(count: int, wanted: int) -> range:
-    """Return indices, below `count`, of up to `wanted` validation images for the number of passes and best estimates.
+def tuning_image_indices(count: int, wanted: int) -> range:
+    """Return the indices of up to `wanted` of `count` validation images.
 
-    They follow the `error_images`, which are left out: a search that was fitted to an image's own errors does better on
-    it than on test images.
+    On these the number of passes is chosen and the best estimate is trained. They follow the `num_error_images`: a
+    search that was fitted to an image's own errors does better on it than on test images.
     """
-    first = error_images(count)
+    first = num_error_images(count)
     return range(first, min(first + wanted, count))
 
 

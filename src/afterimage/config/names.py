@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from afterimage.config.errors import AfterimageError, shown
+from afterimage.config.errors import AfterimageError, printable_path
 
 RANDOM_WEIGHTS = {
     "random": "an untrained network whose blocks act",
@@ -77,12 +77,12 @@ def absolute_model(model: str) -> str:
 
 def short_names(models: Iterable[str]) -> dict[str, str]:
     """Return short names by model: without the weights' tag, and without the path of files, if that is unique."""
-    bare = {model: _bare(model) for model in dict.fromkeys(models)}
+    bare = {model: _short_name(model) for model in dict.fromkeys(models)}
     count = Counter(bare.values())
     return {model: name if count[name] == 1 else model for model, name in bare.items()}
 
 
-def _bare(model: str) -> str:
+def _short_name(model: str) -> str:
     provider, name = split_provider(model)
     if name.startswith("/"):
         return name.rstrip("/").rpartition("/")[2]
@@ -148,7 +148,8 @@ def _absolute_pattern(pattern: str) -> str:
     here = _working_folder()
     if re.search(r"\{[^{}]*(,|\.\.)[^{}]*\}", here):
         raise AfterimageError(
-            f"the working folder {shown(here)} has braces in its name, which a pattern of shards takes for its own; "
+            f"the working folder {printable_path(here)} has braces in its name, which a pattern of "
+            "shards takes for its own; "
             "start from another folder"
         )
     return absolute_path(os.path.join(glob.escape(here), plain))

@@ -20,7 +20,7 @@ from afterimage.config.errors import (
     check_choice,
     check_positive,
     check_range,
-    unknown,
+    unknown_choice_error,
 )
 from afterimage.config.images import PROTOCOLS, DataConfig
 from afterimage.config.names import (
@@ -90,7 +90,7 @@ class FeatureSpec:
 
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 """Backbone networks of LPIPS; the first is the default."""
-LPIPS_SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
+LPIPS_MIN_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}
 """Side of the smallest image that each LPIPS network accepts, in pixels."""
 LOSS_NAMES = ("mse", "l1", "lpips", *(f"lpips:{net}" for net in LPIPS_NETS))
 """Names of the terms of a loss."""
@@ -110,7 +110,7 @@ def parse_loss(text: str) -> dict[str, float]:
     for term in re.split(r"(?<!\d[eE])\+", text):
         weight, star, name = (part.strip() for part in term.rpartition("*"))
         if name not in LOSS_NAMES:
-            raise unknown("loss", name, LOSS_NAMES) if name else _malformed(text)
+            raise unknown_choice_error("loss", name, LOSS_NAMES) if name else _malformed(text)
         if name in terms:
             raise AfterimageError(f"loss {text!r} names {name} twice")
         try:
@@ -291,7 +291,7 @@ class RunConfig(HashedConfig):
         object.__setattr__(self, "weights", absolute_weights(self.weights))
         for term in parse_loss(self.recipe.loss):
             name, _, net = term.partition(":")
-            smallest = LPIPS_SMALLEST[net or LPIPS_NETS[0]] if name == "lpips" else 0
+            smallest = LPIPS_MIN_SIDE[net or LPIPS_NETS[0]] if name == "lpips" else 0
             if min(self.data.size) < smallest:
                 raise AfterimageError(
                     f"the loss {term} needs a crop of {smallest} pixels or more, got {self.data.crop}"

@@ -15,7 +15,7 @@ from afterimage.config.errors import (
     check_choice,
     check_positive,
     check_range,
-    unknown,
+    unknown_choice_error,
 )
 from afterimage.config.images import DataConfig
 from afterimage.config.inversion import EstimateConfig, InvertConfig
@@ -126,12 +126,12 @@ def load_study(name: str) -> StudyConfig:
     if name.endswith(".toml"):
         return load_toml(StudyConfig, name)
     if name not in shipped():
-        raise unknown("study", name, [*shipped(), "or the path of a .toml file"])
+        raise unknown_choice_error("study", name, [*shipped(), "or the path of a .toml file"])
     with resources.as_file(resources.files("afterimage.config") / "studies" / f"{name}.toml") as path:
         return load_toml(StudyConfig, path)
 
 
-def from_models(
+def study_from_models(
     models: Sequence[str], layers: Sequence[str] = ("*",), decoders: Sequence[str] = ("linear",)
 ) -> StudyConfig:
     """Create a study of the layers of models without a file.

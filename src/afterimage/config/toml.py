@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from afterimage.config.errors import AfterimageError, shown, unknown
+from afterimage.config.errors import AfterimageError, printable_path, unknown_choice_error
 
 T = typing.TypeVar("T")
 MAX_PARAMETERS = 10**10
@@ -39,12 +39,12 @@ def read_text(path: str | Path) -> str:
         size = path.stat().st_size
         if not path.is_file() or size > MAX_TEXT:
             what = f"is larger than {MAX_TEXT / 2**20:.0f} MiB" if path.is_file() else "is not a regular file"
-            raise AfterimageError(f"cannot read {shown(path)}: it {what}")
+            raise AfterimageError(f"cannot read {printable_path(path)}: it {what}")
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read {printable_path(path)}: {error.strerror}") from None
     except ValueError as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+        raise AfterimageError(f"cannot read {printable_path(path)}: {error}") from None
 
 
 def parse_count(value: Any, where: str) -> Count:
@@ -55,7 +55,7 @@ def parse_count(value: Any, where: str) -> Count:
         number = int(exact) if exact == int(exact) else None
     if number is None or not 0 < number <= MAX_PARAMETERS:
         raise AfterimageError(
-            f"{where} must be a whole number such as 4000000, 250k or 1.5M, at most 10000M, got {_short(value)}"
+            f"{where} must be a whole number such as 4000000, 250k or 1.5M, at most 10000M, got {_abbreviate(value)}"
         )
     return Count(number)
 
@@ -80,7 +80,7 @@ def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
     hints = typing.get_type_hints(cls)
     for key in settings:
         if key not in hints:
-            raise unknown("setting", f"{where}{key}", [f"{where}{name}" for name in hints])
+            raise unknown_choice_error("setting", f"{where}{key}", [f"{where}{name}" for name in hints])
     values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in settings.items()}
     required = [
         f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
@@ -90,7 +90,7 @@ def from_dict(cls: type[T], settings: Mapping[str, Any], where: str = "") -> T:
     return cls(**values)
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     """Return a value as text for an error message: the type of a container, else at most 200 characters."""
     return f"a {type(value).__name__}" if isinstance(value, list | Mapping) and value else f"{value!r:.200}"
 
@@ -108,11 +108,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) and any(f.name == "name" for f in dataclasses.fields(hint)):
             return hint(name=value)
         if not isinstance(value, Mapping):
-            raise AfterimageError(f"{where} must be a table, got {_short(value)}")
+            raise AfterimageError(f"{where} must be a table, got {_abbreviate(value)}")
         return from_dict(hint, value, f"{where}.")
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise AfterimageError(f"{where} must be a list, got {_short(value)}")
+            raise AfterimageError(f"{where} must be a list, got {_abbreviate(value)}")
         return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if hint is Any:
         return value
@@ -120,7 +120,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return parse_count(value, where)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise AfterimageError(f"{where} must be a table, got {_short(value)}")
+            raise AfterimageError(f"{where} must be a table, got {_abbreviate(value)}")
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, int) and abs(value) >= 2**63:
         raise AfterimageError(f"{where} must lie between -2^63 and 2^63")
@@ -129,7 +129,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise AfterimageError(f"{where} must be a finite number, got {value}")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise AfterimageError(f"{where} must be {hint.__name__}, got {_short(value)}")
+        raise AfterimageError(f"{where} must be {hint.__name__}, got {_abbreviate(value)}")
     return value
 
 
@@ -139,11 +139,11 @@ def load_toml(cls: type[T], path: str | Path) -> T:
         text = read_text(path)
         return from_dict(cls, tomllib.loads(text))
     except (ValueError, RecursionError) as error:
-        raise AfterimageError(f"{shown(path)} is not valid TOML: {error}") from None
+        raise AfterimageError(f"{printable_path(path)} is not valid TOML: {error}") from None
     except AfterimageError as error:
-        if shown(path) in str(error):
+        if printable_path(path) in str(error):
             raise
-        raise AfterimageError(f"{shown(path)}: {error}") from None
+        raise AfterimageError(f"{printable_path(path)}: {error}") from None
 
 
 def dump_toml(config: Any) -> str:

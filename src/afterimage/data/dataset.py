@@ -14,22 +14,22 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from afterimage.config import AfterimageError, DataConfig, listed
-from afterimage.data.decode import BadImage, cover, examine, load_image, size_notes, value_notes
-from afterimage.data.duplicates import NAMES, check_copies, near_duplicates
+from afterimage.config import AfterimageError, DataConfig, join_names
+from afterimage.data.decode import BadImage, examine, load_image, resize_to_cover, size_notes, value_notes
+from afterimage.data.duplicates import SPLIT_NAMES, check_copies, near_duplicates
 from afterimage.data.images import Data, ImageSet, StreamedImages, content_digest, crops_digest
-from afterimage.data.pixel_cache import cached
-from afterimage.data.records import Content, FileDigests, Original, broken_images
-from afterimage.data.sampling import centre_places, fitting_sides, shuffled, split
+from afterimage.data.pixel_cache import load_or_decode
+from afterimage.data.records import Content, FileDigests, Original, broken_images_error
+from afterimage.data.sampling import centre_crop_positions, fitting_sides, shuffled, split
 from afterimage.data.sources import read_source
 from afterimage.runtime.distributed import on_main_process
-from afterimage.runtime.process import in_parallel
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.process import parallel_map
+from afterimage.runtime.terminal import Progress, no_progress
 
 logger = logging.getLogger("afterimage")
 
 SPLITS = ("train", "validation", "test")
-STREAM_ABOVE = 50_000
+MAX_DECODED_IMAGES = 50_000
 """Largest number of images of one source that are kept decoded (10 GiB of pixels at 256 x 256); more are streamed."""
 
 
@@ -38,11 +38,14 @@ def cache_folder(given: str | Path | None = None) -> Path:
     return Path(os.path.expanduser(given or os.environ.get("AFTERIMAGE_CACHE") or "~/.cache/afterimage"))
 
 
-def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent) -> Data:
+def load_data(
+    config: DataConfig, *, cache: str | Path | None = None, progress: Progress = no_progress
+) -> Data:
     """Find, split, decode and check the images that a config names.
 
-    Up to `STREAM_ABOVE` images of a source are decoded once and kept; the images of a larger source are decoded each
-    time they are used. If `config.test` names a source, its test split is used, or its training images if it has none.
+    Up to `MAX_DECODED_IMAGES` images of a source are decoded once and kept; the images of a larger source are decoded
+    each time they are used. If `config.test` names a source, its test split is used, or its training images if it has
+    none.
 
     Args:
         config: the sources and how they are split
@@ -61,7 +64,7 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
     listings = _listings(config, folder, progress)
     images = [part for listing in listings for part in _images(listing, config, folder, progress)]
     found = [note for listing in listings for note in listing.notes]
-    found += _examined(dict(zip(NAMES, images, strict=True)), config.resize)
+    found += _image_notes(dict(zip(SPLIT_NAMES, images, strict=True)), config.resize)
     _warn(found)
     notes = check_copies([part for listing in listings for part in listing.parts], images) + found
     data = Data(config, *images, content_digest(config, [part.content for part in images]))
@@ -70,12 +73,12 @@ def load_data(config: DataConfig, *, cache: str | Path | None = None, progress: 
     return replace(data, notes=(*notes, *near))
 
 
-def load_test(
+def load_test_images(
     config: DataConfig,
     *,
     training: bool = True,
     cache: str | Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> tuple[ImageSet, list[str]]:
     """Load the test images of a config whose `test` names a separate source, and notes on them.
 
@@ -89,7 +92,7 @@ def load_test(
     folder = cache_folder(cache)
     own = _test_listing(config, folder, progress)
     (test,) = _images(own, config, folder, progress)
-    notes = own.notes + _examined({NAMES[2]: test}, config.resize)
+    notes = own.notes + _image_notes({SPLIT_NAMES[2]: test}, config.resize)
     if not training:
         _warn(notes)
         return test, notes
@@ -111,12 +114,14 @@ def count_images(config: DataConfig, *, cache: str | Path | None = None) -> dict
     Raises:
         AfterimageError: images are missing or too few
     """
-    parts = [part for listing in _listings(config, cache_folder(cache), silent) for part in listing.parts]
+    parts = [
+        part for listing in _listings(config, cache_folder(cache), no_progress) for part in listing.parts
+    ]
     return {name: len(part) for name, part in zip(SPLITS, parts, strict=True)}
 
 
 def current_digests(
-    config: DataConfig, *, cache: str | Path | None = None, progress: Progress = silent
+    config: DataConfig, *, cache: str | Path | None = None, progress: Progress = no_progress
 ) -> tuple[str, str]:
     """Return `Data.digest` and `Data.test_digest` of the images that `load_data` would load, without decoding them.
 
@@ -128,9 +133,9 @@ def current_digests(
     folder, contents = cache_folder(cache), []
     for listing in _listings(config, folder, progress):
         originals = [original for part in listing.parts for original in part]
-        digests, _, unreadable = _looked_at(originals, listing.root, config, folder, progress)
+        digests, _, unreadable = _scan_originals(originals, listing.root, config, folder, progress)
         if unreadable:
-            raise broken_images(list(unreadable.values()))
+            raise broken_images_error(list(unreadable.values()))
         names = iter(digest.tobytes().hex() for digest in digests)
         contents += [[next(names) for _ in part] for part in listing.parts]
     return content_digest(config, contents), crops_digest(config, contents[-1])
@@ -156,7 +161,7 @@ def _training_listing(config: DataConfig, folder: Path, progress: Progress) -> _
     source = read_source(config.source, {"train", "test"} if own else {"train"}, folder, progress)
     notes = list(source.notes)
     if source.pooled:
-        folders = f"{len(source.pooled):,} folders, {listed(source.pooled)},"
+        folders = f"{len(source.pooled):,} folders, {join_names(source.pooled)},"
         notes.append(f"the images of {folders} are pooled and split at random")
     if own and source.test is None and source.validation is not None:
         notes.append("nothing is named as test images: they are drawn at random from the training images")
@@ -182,7 +187,7 @@ def _warn(notes: Sequence[str]) -> None:
             logger.warning("%s", note)
 
 
-def _examined(named: Mapping[str, ImageSet], size: int) -> list[str]:
+def _image_notes(named: Mapping[str, ImageSet], size: int) -> list[str]:
     """Return notes on the range of values and the sizes of images, and on those that are streamed."""
     kept = {name: part.facts for name, part in named.items() if not part.streamed}
     sides = {name: part.sides for name, part in named.items()}
@@ -197,32 +202,32 @@ def _examined(named: Mapping[str, ImageSet], size: int) -> list[str]:
 
 
 def _images(listing: _Listing, config: DataConfig, cache: Path, progress: Progress) -> list[ImageSet]:
-    """Return the image sets of a listing's parts: decoded and kept, or streamed above `STREAM_ABOVE` images."""
+    """Return the image sets of a listing's parts: decoded and kept, or streamed above `MAX_DECODED_IMAGES` images."""
     parts = listing.parts
     originals = [original for part in parts for original in part]
-    digests, sides, unreadable = _looked_at(originals, listing.root, config, cache, progress)
+    digests, sides, unreadable = _scan_originals(originals, listing.root, config, cache, progress)
     ends = np.cumsum([len(part) for part in parts])
-    if len(originals) > STREAM_ABOVE:
+    if len(originals) > MAX_DECODED_IMAGES:
         if unreadable:
-            raise broken_images(list(unreadable.values()))
+            raise broken_images_error(list(unreadable.values()))
         each = zip(parts, np.split(digests, ends[:-1]), np.split(sides, ends[:-1]), strict=True)
         return [StreamedImages(*own, config.box, config.size) for own in each]
     contents = [digest.tobytes().hex() for digest in digests]
     pairs = zip(contents, originals, strict=True)
     readable = [pair for place, pair in enumerate(pairs) if place not in unreadable]
     broken: dict[str, BadImage] = {}
-    blob = cached(dict(readable), config.box, cache, broken, progress)
+    blob = load_or_decode(dict(readable), config.box, cache, broken, progress)
     # Two files may hold the same broken content.
     also = [BadImage(original.name, broken[c].reason) for c, original in readable if c in broken]
     if unreadable or also:
-        raise broken_images([*unreadable.values(), *also])
+        raise broken_images_error([*unreadable.values(), *also])
     each = zip(parts, [0, *ends[:-1]], ends, strict=True)
     return [
         ImageSet([o.id for o in part], contents[start:end], blob, config.size) for part, start, end in each
     ]
 
 
-def _looked_at(
+def _scan_originals(
     originals: Sequence[Original], root: Path, config: DataConfig, cache: Path, progress: Progress
 ) -> tuple[UInt8[np.ndarray, "n 32"], Int64[np.ndarray, " n"], dict[int, BadImage]]:
     """Return the SHA-256 and the shorter side of every original, and by index the errors of unreadable ones."""
@@ -236,7 +241,7 @@ def _looked_at(
         except BadImage as error:
             return error
 
-    found = in_parallel(look, originals, len(originals), "reading images", progress)
+    found = parallel_map(look, originals, len(originals), "reading images", progress)
     for place, content in enumerate(found):
         if isinstance(content, BadImage):
             unreadable[place] = content
@@ -253,10 +258,10 @@ def prepare_image(path: Path, config: DataConfig) -> Tensor:
     Raises:
         BadImage: the file cannot be read as an image
     """
-    image, (height, width) = cover(load_image(path), config.box), config.size
+    image, (height, width) = resize_to_cover(load_image(path), config.box), config.size
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     sides = np.array(pixels.shape[-2:]).reshape(2, 1)
-    top, left = (int(place[0]) for place in centre_places(*sides, config.size))
+    top, left = (int(place[0]) for place in centre_crop_positions(*sides, config.size))
     return pixels[..., top : top + height, left : left + width].float() / 255
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from afterimage.config import AfterimageError, shown, size_pair
+from afterimage.config import AfterimageError, printable_path, size_pair
 
 VERSION = 3  # version of the decoded pixels: increase it whenever the same file decodes to other pixels
 # Version in data sets' digests. It stays at 2 because version 3 of the pixels differs only for PNGs of 2, 4 or 16 bits
@@ -40,7 +40,7 @@ _WHITE_IS_ZERO = 0
 # sample, and the factor by which Pillow scales samples.
 _SCALED = {"L;2": (2, 85), "L;4": (4, 17), "I;16B": (16, 1)}
 _DEEP, _LOW_BYTES = "RGB;16B", "RGB;16L"
-_TURNS = {
+_EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -49,7 +49,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_filtering = Lock()  # all threads share one warnings filter
+_warnings_lock = Lock()  # all threads share one warnings filter
 
 
 class BadImage(AfterimageError):
@@ -73,10 +73,10 @@ def load_image(path: str | Path) -> Image.Image:
     Raises:
         BadImage: the file is missing, unreadable, truncated, no image, or larger than 179 million pixels or 1 GiB
     """
-    return decode(read_bytes(path), shown(path))
+    return decode(read_bytes(path), printable_path(path))
 
 
-def reason(error: OSError | ValueError) -> str:
+def error_reason(error: OSError | ValueError) -> str:
     """Return the operating system's reason for an error, without the file's name."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
@@ -91,12 +91,14 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         size = path.stat().st_size  # look first: opening a named pipe would block for ever
         if not path.is_file():
-            raise BadImage(shown(path), f"is {'a folder' if path.is_dir() else 'not a regular file'}")
+            raise BadImage(
+                printable_path(path), f"is {'a folder' if path.is_dir() else 'not a regular file'}"
+            )
         if not 0 < size <= MAX_BYTES:
-            raise BadImage(shown(path), f"is {'larger than 1 GiB' if size else 'empty (0 bytes)'}")
+            raise BadImage(printable_path(path), f"is {'larger than 1 GiB' if size else 'empty (0 bytes)'}")
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise BadImage(shown(path), reason(error)) from None
+        raise BadImage(printable_path(path), error_reason(error)) from None
 
 
 def decode(content: bytes, name: str) -> Image.Image:
@@ -105,11 +107,11 @@ def decode(content: bytes, name: str) -> Image.Image:
     Raises:
         BadImage: the content cannot be decoded; the message begins with `name`
     """
-    with _named(name):
+    with _raise_bad_image(name):
         image = _open(content)
-        packed = _packed(image)
+        packed = _raw_mode(image)
         image.load()
-        turn = _TURNS.get(_orientation(image))
+        turn = _EXIF_TRANSPOSES.get(_orientation(image))
         image = _rgb(image, _transparent(image, packed, content))
         return image if turn is None else image.transpose(turn)
 
@@ -122,11 +124,11 @@ def check_header(content: bytes, name: str) -> tuple[int, int]:
     Raises:
         BadImage: the content is not an image, or the image is too large; the message begins with `name`
     """
-    with _named(name):
+    with _raise_bad_image(name):
         return _open(content).size
 
 
-def cover(image: Image.Image, box: int | tuple[int, int]) -> Image.Image:
+def resize_to_cover(image: Image.Image, box: int | tuple[int, int]) -> Image.Image:
     """Resize an image with antialiased bicubic interpolation so that it just covers a box.
 
     An image more than 16 times as long as wide is first cut to its middle, which bounds the result for a strip one
@@ -154,7 +156,7 @@ def cover(image: Image.Image, box: int | tuple[int, int]) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
+def _raise_bad_image(name: str) -> Iterator[None]:
     """Raise any exception of a decoder as `BadImage` with the image's name."""
     try:
         yield
@@ -173,9 +175,9 @@ def _named(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _suppress_warnings() -> Iterator[None]:
     """Suppress Pillow's warnings about images above half of its size limit and about damaged metadata."""
-    with _filtering, warnings.catch_warnings():
+    with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -183,7 +185,7 @@ def _quiet() -> Iterator[None]:
 def _open(content: bytes) -> Image.Image:
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]
-    with _quiet():
+    with _suppress_warnings():
         image = Image.open(io.BytesIO(content), formats=known)
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
@@ -192,14 +194,14 @@ def _open(content: bytes) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        with _quiet():
+        with _suppress_warnings():
             orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # the pixels may be sound although the metadata are damaged; viewers ignore this too
         return 1
     return orientation if isinstance(orientation, int) else 1
 
 
-def _packed(image: Image.Image) -> str:
+def _raw_mode(image: Image.Image) -> str:
     """Return Pillow's raw mode of a PNG's samples; empty for other files and for a loaded image."""
     tile = image.tile[0] if image.format == "PNG" and image.tile else ("", (), 0, "")
     return tile[3] if isinstance(tile[3], str) else tile[3][0]
@@ -285,14 +287,14 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-NARROW = 64
+MAX_NARROW_RANGE = 64
 """Largest span of values, of 0 to 255, that counts as narrow: a quarter of the range, over which an error that is the
 same share of the contrast scores 12 dB higher. Photographs span twice as much: the narrowest of 900 spans 139."""
-FEW = 16
+MAX_DRAWING_LEVELS = 16
 """Largest number of different values (4 bits) for which an image counts as a mask or drawing, not a photograph."""
 
 
-class Facts(NamedTuple):
+class ImageStatistics(NamedTuple):
     """Facts about a decoded image before it is resized.
 
     Attributes:
@@ -310,19 +312,25 @@ class Facts(NamedTuple):
     height: int
 
 
-def examine(image: Image.Image) -> Facts:
+def examine(image: Image.Image) -> ImageStatistics:
     """Return the facts about an RGB image."""
     used = np.array(image.histogram()).reshape(3, 256) > 0
     values = np.flatnonzero(used.any(0))
-    return Facts(int(values[0]), int(values[-1]), len(values), int(used.sum() == 3), *image.size)
+    return ImageStatistics(int(values[0]), int(values[-1]), len(values), int(used.sum() == 3), *image.size)
 
 
 def value_notes(parts: Mapping[str, Int[np.ndarray, "_ 6"]]) -> list[str]:
-    """Return notes on images, `Facts` of each by split, whose range of values changes the meaning of their scores."""
+    """Return notes on images whose range of values changes the meaning of their scores.
+
+    Args:
+        parts: `ImageStatistics` of each image, by split
+    """
     low, high, levels, flat, width, height = np.concatenate(list(parts.values())).T
     span, flat = high - low, flat == 1
-    narrow = ~flat & (span <= NARROW)
-    few = ~flat & ~narrow & (levels <= FEW) & (width * height > 256)  # smaller images have few values anyway
+    narrow = ~flat & (span <= MAX_NARROW_RANGE)
+    few = (
+        ~flat & ~narrow & (levels <= MAX_DRAWING_LEVELS) & (width * height > 256)
+    )  # smaller images have few values anyway
     notes = []
     if flat.any():
         notes.append(f"of one colour each, with nothing to bring back: {_share(flat, parts)}")

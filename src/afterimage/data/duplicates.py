@@ -12,26 +12,26 @@ import numpy as np
 from jaxtyping import Int64, UInt16
 from PIL import Image
 
-from afterimage.config import AfterimageError, listed, shown
+from afterimage.config import AfterimageError, join_names, printable_path
 from afterimage.data.images import Data, ImageSet, content_digest
 from afterimage.data.records import Original
 from afterimage.runs.files import read_json, write_json
 
 logger = logging.getLogger("afterimage")
 
-NAMES = ("training", "validation", "test")
+SPLIT_NAMES = ("training", "validation", "test")
 SHOWN_COPIES = 20
-BITS = 6
+MAX_HASH_DISTANCE = 6
 """Largest number of different bits between the 64-bit hashes of two images whose thumbnails are compared."""
-DIFFERENCE = 0.04
+MAX_THUMBNAIL_RMS = 0.04
 """Largest root mean square difference between thumbnails of near-duplicates, values in [0, 1]."""
 THUMBNAIL = 16
 """Side of those thumbnails, in pixels."""
-MOST = 100_000
+MAX_COMPARED_IMAGES = 100_000
 """Largest number of images among which near-duplicates are looked for: each is compared with every test image."""
 SHOWN_NEAR = 5
 
-_ONES = np.array([number.bit_count() for number in range(2**16)], np.uint8)
+_POPCOUNT = np.array([number.bit_count() for number in range(2**16)], np.uint8)
 
 
 def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]) -> list[str]:
@@ -61,16 +61,16 @@ def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]
     leaks = [(at, earlier[at]) for at in found if of[at] == 2 and of[earlier[at]] != 2]
     if leaks:
         lines = [
-            f"{parts[2][number[at]].name} is {parts[of[other]][number[other]].name} ({NAMES[of[other]]})"
+            f"{parts[2][number[at]].name} is {parts[of[other]][number[other]].name} ({SPLIT_NAMES[of[other]]})"
             for at, other in leaks
         ]
-        told = listed(lines, SHOWN_COPIES, "\n  ")
+        told = join_names(lines, SHOWN_COPIES, "\n  ")
         raise AfterimageError(
             f"{len(leaks)} of the test images are trained or validated on too, which would falsify all "
             f"scores; take one of each pair out:\n  {told}"
         )
     notes = [
-        f"exact copies of other images among the {len(images[part])} {NAMES[part]} images: {copies[part]}"
+        f"exact copies of other images among the {len(images[part])} {SPLIT_NAMES[part]} images: {copies[part]}"
         for part in range(len(images))
         if copies[part]
     ]
@@ -79,7 +79,7 @@ def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]
     return notes
 
 
-def shared(images: ImageSet, others: ImageSet) -> Int64[np.ndarray, " shared"]:
+def shared_indices(images: ImageSet, others: ImageSet) -> Int64[np.ndarray, " shared"]:
     """Return the indices in `images` of those that `others` holds too, by the digests of their contents."""
     return np.flatnonzero(np.isin(_keys(images.digests), _keys(others.digests)))
 
@@ -106,7 +106,7 @@ def check_split(data: Data) -> None:
         AfterimageError: an image is in both; the message names it
     """
     for name, images in (("training", data.train), ("validation", data.validation)):
-        for place in shared(images, data.test)[:1]:
+        for place in shared_indices(images, data.test)[:1]:
             tested = data.test.ids[data.test.content.index(images.content[place])]
             raise AfterimageError(
                 f"test image {tested} is also {name} image {images.ids[place]}, which would falsify all scores"
@@ -116,10 +116,10 @@ def check_split(data: Data) -> None:
 def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
     """Return notes on near-duplicates of test images among the training and validation images.
 
-    Candidates are pairs whose difference hashes (dHash, Krawetz 2013, "Kind of like that") differ in at most `BITS` of
-    64 bits. A pair counts if its 16x16 thumbnails agree too, since smooth images of any colour share their hash. This
-    finds copies that were compressed again, resized or toned a little, but not cropped or mirrored ones. Pairs are
-    reported and not refused, because frames of one scene may look equally alike.
+    Candidates are pairs whose difference hashes (dHash, Krawetz 2013, "Kind of like that") differ in at most
+    `MAX_HASH_DISTANCE` of 64 bits. A pair counts if its 16x16 thumbnails agree too, since smooth images of any colour
+    share their hash. This finds copies that were compressed again, resized or toned a little, but not cropped or
+    mirrored ones. Pairs are reported and not refused, because frames of one scene may look equally alike.
 
     Args:
         data: the three splits
@@ -128,14 +128,17 @@ def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
     Returns:
         the notes; empty if there are no near-duplicates
     """
-    if len(data.train) + len(data.validation) + len(data.test) > MOST:
-        return [f"near-duplicates of test images were not looked for among more than {MOST:,} images"]
+    if len(data.train) + len(data.validation) + len(data.test) > MAX_COMPARED_IMAGES:
+        return [
+            f"near-duplicates of test images were not looked for among more than {MAX_COMPARED_IMAGES:,} images"
+        ]
     if any(part.streamed for part in (data.train, data.validation, data.test)):
         return ["near-duplicates of test images were not looked for, since images are streamed"]
     parts = (data.train, data.validation, data.test)
-    named = f"{content_digest(data.config, [part.content for part in parts])}-{BITS}-{DIFFERENCE:g}.json"
+    digest = content_digest(data.config, [part.content for part in parts])
+    named = f"{digest}-{MAX_HASH_DISTANCE}-{MAX_THUMBNAIL_RMS:g}.json"
     path = None if cache is None else cache / "near-duplicates" / named
-    pairs = None if path is None or not path.exists() else _stored(path, data)
+    pairs = None if path is None or not path.exists() else _read_cached_pairs(path, data)
     if pairs is None:
         pairs = _near_pairs(data.test, parts[:2])
         if path is not None:
@@ -143,11 +146,11 @@ def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
                 write_json(path, {"pairs": pairs})
     if not pairs:
         return []
-    told = [f"{data.test.ids[i]} and {NAMES[p]} image {parts[p].ids[j]}" for p, i, j in pairs]
-    return [f"near-duplicates of test images: {listed(told, SHOWN_NEAR, '; ')}"]
+    told = [f"{data.test.ids[i]} and {SPLIT_NAMES[p]} image {parts[p].ids[j]}" for p, i, j in pairs]
+    return [f"near-duplicates of test images: {join_names(told, SHOWN_NEAR, '; ')}"]
 
 
-def _stored(path: Path, data: Data) -> list[tuple[int, int, int]] | None:
+def _read_cached_pairs(path: Path, data: Data) -> list[tuple[int, int, int]] | None:
     """Read the pairs that an earlier search stored; None, with a warning, if the file is damaged."""
     try:
         pairs = [tuple(map(operator.index, pair)) for pair in read_json(path)["pairs"]]
@@ -157,7 +160,9 @@ def _stored(path: Path, data: Data) -> list[tuple[int, int, int]] | None:
         return pairs
     except (AfterimageError, LookupError, TypeError, ValueError) as error:
         logger.warning(
-            "the near-duplicates in %s cannot be read (%s) and are searched for again", shown(path), error
+            "the near-duplicates in %s cannot be read (%s) and are searched for again",
+            printable_path(path),
+            error,
         )
         return None
 
@@ -168,8 +173,8 @@ def _near_pairs(test: ImageSet, others: Sequence[ImageSet]) -> list[tuple[int, i
     for part, images in enumerate(others):
         hashes = _hashes(images)
         for i, hash_ in enumerate(own):
-            for j in np.flatnonzero(_ONES[hashes ^ hash_].sum(1) <= BITS).tolist():
-                if _difference(test, i, images, j) <= DIFFERENCE:
+            for j in np.flatnonzero(_POPCOUNT[hashes ^ hash_].sum(1) <= MAX_HASH_DISTANCE).tolist():
+                if _difference(test, i, images, j) <= MAX_THUMBNAIL_RMS:
                     found.append((part, i, j))
     return found
 

@@ -2,7 +2,7 @@
 
 A store is a `.safetensors`, `.npz` or `.parquet` file with `images`, `features` or `features.NAME`, and optional `ids`,
 or several such files (shards), which `STORE.index.json` lists with their digests. Stores that afterimage wrote hold
-metadata (`StoreFacts`); files from elsewhere need not.
+metadata (`StoreMetadata`); files from elsewhere need not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from afterimage.config import MAX_SIDE, SSIM_WINDOW, AfterimageError, FeatureSpec, local_path, shown
+from afterimage.config import MAX_SIDE, SSIM_WINDOW, AfterimageError, FeatureSpec, local_path, printable_path
 from afterimage.data.store_files import (
     BATCH,
     IDS,
@@ -29,7 +29,7 @@ from afterimage.data.store_files import (
     INDEX,
     METADATA,
     Arrays,
-    StoreFacts,
+    StoreMetadata,
     index_path,
     layer_key,
     read_facts,
@@ -38,11 +38,11 @@ from afterimage.data.store_files import (
 )
 from afterimage.runs.files import sha256
 from afterimage.runs.results import FeatureMap
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 MAX_PREFIX = 5
 """Largest number of prefix tokens (class token and registers) before a square grid of tokens."""
-NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16,
+NUMERIC_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16,
            torch.int32, torch.int64)  # fmt: skip
 
 
@@ -75,7 +75,7 @@ class FeatureStore:
         content: SHA-256 of the pixels of each image
     """
 
-    def __init__(self, path: Path, parts: Sequence[_Part], facts: StoreFacts | None, digest: str) -> None:
+    def __init__(self, path: Path, parts: Sequence[_Part], facts: StoreMetadata | None, digest: str) -> None:
         self.path, self.facts, self.digest = path, facts, digest
         self._parts = list(parts)
         self._ends = np.cumsum([len(part.images) for part in parts])
@@ -91,10 +91,10 @@ class FeatureStore:
         self.kinds: dict[str, str] = {}
         self._layouts: dict[str, Layout] = {}
         for layer, values in parts[0].features.items():
-            name, shape = f"{shown(path)}: {layer_key(layer)}", (len(self.ids), *values.shape[1:])
+            name, shape = f"{printable_path(path)}: {layer_key(layer)}", (len(self.ids), *values.shape[1:])
             found = known.get(layer)
-            own, self.kinds[layer], self._layouts[layer] = _understood(name, shape, found)
-            source = f"{shown(path.name)}:{layer}"
+            own, self.kinds[layer], self._layouts[layer] = _infer_layout(name, shape, found)
+            source = f"{printable_path(path.name)}:{layer}"
             self.specs[layer] = found.spec if found else FeatureSpec(source, *own)
 
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ class FeatureStore:
             yield part, places, rows[places] - (self._ends[number] - len(part.images))
 
 
-def open_store(path: str | Path, progress: Progress = silent) -> FeatureStore:
+def open_store(path: str | Path, progress: Progress = no_progress) -> FeatureStore:
     """Open a store and check all of its arrays.
 
     Images are uint8 or floats in [0, 1], `(N, H, W, 3)` or `(N, 3, H, W)`; in Parquet they may also be encoded image
@@ -151,7 +151,8 @@ def open_store(path: str | Path, progress: Progress = silent) -> FeatureStore:
         known = [shard.sha256 for shard in index.shards]
         if (done := sum(shard.images for shard in index.shards)) != facts.images:
             raise AfterimageError(
-                f"{shown(path)} is not finished: it holds {done:,} of {facts.images:,} images; the same extract "
+                f"{printable_path(path)} is not finished: it holds {done:,} of {facts.images:,} images; "
+                "the same extract "
                 "command goes on from there"
             )
     parts, digests = [], []
@@ -161,7 +162,8 @@ def open_store(path: str | Path, progress: Progress = silent) -> FeatureStore:
         digests.append(sha256(file))
         if expected and digests[-1] != expected:
             raise AfterimageError(
-                f"{shown(file)} is damaged: its digest is not the one in {shown(index_path(path).name)}; delete it and "
+                f"{printable_path(file)} is damaged: its digest is not the one in "
+                f"{printable_path(index_path(path).name)}; delete it and "
                 "run the same extract command again"
             )
         if index is None and METADATA in arrays:
@@ -177,13 +179,13 @@ def _part(file: Path, arrays: Arrays, known: Sequence[FeatureMap]) -> _Part:
     layers = [name for name in arrays if name == "features" or name.startswith("features.")]
     if IMAGES not in arrays or not layers:
         raise AfterimageError(
-            f"{shown(file)} must hold `images` and `features` (or `features.NAME`); "
+            f"{printable_path(file)} must hold `images` and `features` (or `features.NAME`); "
             f"it holds {', '.join(sorted(arrays)) or 'nothing'}"
         )
-    pixels = _pixels(f"{shown(file)}: {IMAGES}", arrays[IMAGES])
+    pixels = _pixels(f"{printable_path(file)}: {IMAGES}", arrays[IMAGES])
     if not SSIM_WINDOW <= min(pixels.shape[-2:]) <= MAX_SIDE:
         raise AfterimageError(
-            f"{shown(file)}: images of {pixels.shape[2]}x{pixels.shape[3]}; their shorter side must have "
+            f"{printable_path(file)}: images of {pixels.shape[2]}x{pixels.shape[3]}; their shorter side must have "
             f"{SSIM_WINDOW}, for SSIM, to {MAX_SIDE} pixels"
         )
     given = arrays.get(IDS)
@@ -196,10 +198,12 @@ def _part(file: Path, arrays: Arrays, known: Sequence[FeatureMap]) -> _Part:
     for name in layers:
         layer = name.partition(".")[2] or name
         if known and layer not in {one.layer for one in known}:
-            raise AfterimageError(f"{shown(file)}: {name} is none of the layers that its metadata names")
-        _check_numbers(f"{shown(file)}: {name}", arrays[name], ids, len(pixels))
+            raise AfterimageError(
+                f"{printable_path(file)}: {name} is none of the layers that its metadata names"
+            )
+        _check_numbers(f"{printable_path(file)}: {name}", arrays[name], ids, len(pixels))
         found[layer] = arrays[name]
-    return _Part(shown(file.name), ids, pixels, found)
+    return _Part(printable_path(file.name), ids, pixels, found)
 
 
 def _pixels(name: str, values: np.ndarray | Tensor) -> np.ndarray:
@@ -222,7 +226,7 @@ def _pixels(name: str, values: np.ndarray | Tensor) -> np.ndarray:
 def _check_numbers(name: str, values: np.ndarray | Tensor, ids: Sequence[str] | None, count: int) -> None:
     """Check that features are finite numbers with one row for each image."""
     # Complex numbers and times are refused.
-    real = values.dtype in NUMBERS if isinstance(values, Tensor) else values.dtype.kind in "iuf"
+    real = values.dtype in NUMERIC_DTYPES if isinstance(values, Tensor) else values.dtype.kind in "iuf"
     if not real or values.ndim == 0 or len(values) != count or not math.prod(values.shape):
         raise AfterimageError(
             f"{name} must be numbers for each of {count} images, got {tuple(values.shape)} {values.dtype}"
@@ -262,20 +266,22 @@ def _check_alike(parts: Sequence[_Part]) -> None:
 
 def _check_ids(path: Path, parts: Sequence[_Part]) -> None:
     if len({part.ids is None for part in parts}) > 1:
-        raise AfterimageError(f"{shown(path)}: only some of its shards hold {IDS}")
+        raise AfterimageError(f"{printable_path(path)}: only some of its shards hold {IDS}")
     counted = Counter(one for part in parts for one in part.ids or ())
     if doubled := [one for one, count in counted.items() if count > 1]:
         raise AfterimageError(
-            f"{_wrong_ids(path, sum(len(part.images) for part in parts))}: {shown(doubled[0])} is there "
+            f"{_wrong_ids(path, sum(len(part.images) for part in parts))}: {printable_path(doubled[0])} is there "
             f"{counted[doubled[0]]} times"
         )
 
 
 def _wrong_ids(file: Path, count: int) -> AfterimageError:
-    return AfterimageError(f"{shown(file)}: ids must name each of the {count} images, each differently")
+    return AfterimageError(
+        f"{printable_path(file)}: ids must name each of the {count} images, each differently"
+    )
 
 
-def _understood(
+def _infer_layout(
     name: str, shape: tuple[int, ...], known: FeatureMap | None
 ) -> tuple[tuple[int, int, int], str, Layout]:
     """Return the shape `(C, h, w)` of features stored as `(N, ...)`, a description of them, and their layout."""

@@ -16,12 +16,12 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig, size_pair, size_text
-from afterimage.data.decode import DIGEST_VERSION, cover
-from afterimage.data.pixel_cache import Blob
+from afterimage.data.decode import DIGEST_VERSION, resize_to_cover
+from afterimage.data.pixel_cache import PixelStore
 from afterimage.data.records import Original
-from afterimage.data.sampling import centre_places, crop_places, fitting_sides
+from afterimage.data.sampling import centre_crop_positions, fitting_sides, random_crop_positions
 from afterimage.runs.results import DataFacts
-from afterimage.runtime.process import cores
+from afterimage.runtime.process import available_cpus
 
 Indices = Sequence[int] | np.ndarray | Tensor
 
@@ -45,7 +45,7 @@ class ImageSet:
     streamed: ClassVar[bool] = False
 
     def __init__(
-        self, ids: Sequence[str], content: Sequence[str], blob: Blob, size: int | tuple[int, int]
+        self, ids: Sequence[str], content: Sequence[str], blob: PixelStore, size: int | tuple[int, int]
     ) -> None:
         self.ids, self.content = list(ids), list(content)
         self.blob, self.size = blob, size_pair(size)
@@ -139,8 +139,8 @@ class ImageSet:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return top, left and whether to flip, for each image."""
         if seed is None:
-            return *centre_places(heights, widths, self.size), np.zeros(len(indices), bool)
-        return crop_places(heights, widths, self.size, indices, seed, epoch)
+            return *centre_crop_positions(heights, widths, self.size), np.zeros(len(indices), bool)
+        return random_crop_positions(heights, widths, self.size, indices, seed, epoch)
 
     def _cut(self, image: np.ndarray, top: np.integer, left: np.integer, flip: np.bool_) -> np.ndarray:
         height, width = self.size
@@ -187,7 +187,7 @@ def gather_crops(
     return pixels[start + channel * plane + down[:, None] * row + across]
 
 
-AHEAD = 2
+PREFETCH_BATCHES = 2
 """Number of batches that are decoded ahead."""
 
 
@@ -273,11 +273,11 @@ class StreamedImages(ImageSet):
             return self._placed([crop.result() for crop in crops], device)
 
         waiting: deque[list[Future[np.ndarray]]] = deque()
-        with ThreadPoolExecutor(cores()) as pool:
+        with ThreadPoolExecutor(available_cpus()) as pool:
             try:
                 for chunk in chunks:
                     waiting.append([pool.submit(one, index) for index in self._checked(chunk).tolist()])
-                    if len(waiting) > AHEAD:
+                    if len(waiting) > PREFETCH_BATCHES:
                         yield stacked(waiting.popleft())
                 while waiting:
                     yield stacked(waiting.popleft())
@@ -288,7 +288,7 @@ class StreamedImages(ImageSet):
     def _pixels(self, index: int) -> np.ndarray:
         original, content = self.originals[index], self._digests[index].tobytes().hex()
         try:
-            image = cover(original.decoded(max(self.box), content), self.box)
+            image = resize_to_cover(original.decoded(max(self.box), content), self.box)
             return np.asarray(image).transpose(2, 0, 1)
         except AfterimageError:
             raise

@@ -20,13 +20,13 @@ import numpy as np
 import PIL
 import torch
 
-from afterimage.config import AfterimageError, shown, size_text
+from afterimage.config import AfterimageError, printable_path, size_text
 from afterimage.data import decode
-from afterimage.data.decode import Facts, examine
+from afterimage.data.decode import ImageStatistics, examine
 from afterimage.data.records import Original
-from afterimage.runs.files import atomic_file, remove_leftovers
-from afterimage.runs.lock import CannotLock, held
-from afterimage.runtime.process import in_parallel
+from afterimage.runs.files import atomic_file, remove_temporary_files
+from afterimage.runs.lock import LockUnavailable, hold_lock
+from afterimage.runtime.process import parallel_map
 from afterimage.runtime.terminal import Progress
 
 logger = logging.getLogger("afterimage")
@@ -36,13 +36,13 @@ MEMORY_LIMIT = 4 * 2**30
 RESIDENT_LIMIT = 4 * 2**30
 """Number of bytes that are taken to be free on a device other than a GPU; images may fill half of them."""
 FACTS = 1
-"""Version of the stored `Facts`: increase it whenever their fields or meaning change."""
+"""Version of the stored `ImageStatistics`: increase it whenever their fields or meaning change."""
 MAGIC = b"aftimg01"
 """Last bytes of a cache file."""
 _FOOTER = struct.Struct("<QQI8s")  # start, length and CRC-32 of the index, and MAGIC
 
 
-class Damaged(Exception):
+class CorruptCacheError(Exception):
     """Cache file with wrong content; the message gives the fault."""
 
 
@@ -53,11 +53,11 @@ class Slot(NamedTuple):
     height: int
     width: int
     crc: int
-    facts: Facts
+    facts: ImageStatistics
 
 
 @dataclass(frozen=True, eq=False)
-class Blob:
+class PixelStore:
     """Pixels of many images, one after the other, `(size,)` uint8, and each one's slot by the SHA-256 of its content.
 
     `transform` describes how the images were decoded and resized.
@@ -89,13 +89,13 @@ class Blob:
         return self._resident[device]
 
 
-def cached(
+def load_or_decode(
     wanted: Mapping[str, Original],
     box: tuple[int, int],
     folder: Path,
     broken: dict[str, decode.BadImage],
     progress: Progress,
-) -> Blob:
+) -> PixelStore:
     """Return the pixels of images, from the cache if it has them.
 
     A cache that cannot be written is no error: the images are then kept in memory, with a warning.
@@ -120,35 +120,35 @@ def cached(
     try:
         lock = path.with_suffix(".lock")
         lock.mkdir(parents=True, exist_ok=True)
-        with held(lock, lambda text: progress(text, 1, 1)):
+        with hold_lock(lock, lambda text: progress(text, 1, 1)):
             if (blob := _open(path, wanted.keys())) is not None:
                 return blob
-            remove_leftovers(path.parent, [path.name])
+            remove_temporary_files(path.parent, [path.name])
             with atomic_file(path) as file:
                 write_blob(file, _decoded(wanted, box, transform, path.parent, broken, progress), transform)
             return map_blob(path)
-    except (OSError, CannotLock) as error:
+    except (OSError, LockUnavailable) as error:
         logger.warning(
             "cannot write the image cache in %s (%s): the images are kept in memory, for this run only",
-            shown(path.parent),
-            decode.reason(error.__cause__ or error),
+            printable_path(path.parent),
+            decode.error_reason(error.__cause__ or error),
         )
     memory = io.BytesIO()
     slots = _append(memory, _decoded(wanted, box, transform, path.parent, broken, progress), MEMORY_LIMIT)
-    return Blob(np.frombuffer(memory.getbuffer(), np.uint8), slots, transform)
+    return PixelStore(np.frombuffer(memory.getbuffer(), np.uint8), slots, transform)
 
 
-def _open(path: Path, wanted: Set[str]) -> Blob | None:
+def _open(path: Path, wanted: Set[str]) -> PixelStore | None:
     try:
         blob = map_blob(path)
         if not all(map(blob.sound, blob.slots)):
-            raise Damaged("its pixels have a wrong checksum")
+            raise CorruptCacheError("its pixels have a wrong checksum")
         # The file lacks images that could not be read when it was written; they may be readable now.
         return blob if wanted <= blob.slots.keys() else None
     except FileNotFoundError:
         return None
-    except (Damaged, OSError) as error:
-        logger.warning("the image cache %s is damaged (%s) and is built again", shown(path), error)
+    except (CorruptCacheError, OSError) as error:
+        logger.warning("the image cache %s is damaged (%s) and is built again", printable_path(path), error)
         return None
 
 
@@ -159,11 +159,11 @@ def _decoded(
     folder: Path,
     broken: dict[str, decode.BadImage],
     progress: Progress,
-) -> Iterator[tuple[str, np.ndarray, Facts]]:
+) -> Iterator[tuple[str, np.ndarray, ImageStatistics]]:
     """Yield every wanted image that can be read, in order: `(content, (3, height, width) uint8, facts)`."""
-    known = _elsewhere(wanted, transform, folder)
+    known = _find_in_other_files(wanted, transform, folder)
 
-    def one(item: tuple[str, Original]) -> tuple[str, np.ndarray, Facts] | None:
+    def one(item: tuple[str, Original]) -> tuple[str, np.ndarray, ImageStatistics] | None:
         content, original = item
         if content in known and known[content].sound(content):
             return content, known[content].image(content), known[content].slots[content].facts
@@ -172,19 +172,21 @@ def _decoded(
         except decode.BadImage as error:
             broken[content] = error
             return None
-        pixels = np.asarray(decode.cover(whole, box)).transpose(2, 0, 1)
+        pixels = np.asarray(decode.resize_to_cover(whole, box)).transpose(2, 0, 1)
         return content, np.ascontiguousarray(pixels), examine(whole)
 
-    return filter(None, in_parallel(one, wanted.items(), len(wanted), "decoding images", progress))
+    return filter(None, parallel_map(one, wanted.items(), len(wanted), "decoding images", progress))
 
 
-def _elsewhere(wanted: Mapping[str, Original], transform: str, folder: Path) -> dict[str, Blob]:
+def _find_in_other_files(
+    wanted: Mapping[str, Original], transform: str, folder: Path
+) -> dict[str, PixelStore]:
     """Find the cache file that holds each wanted image, if any; its pixels may be damaged and must be checked."""
-    found: dict[str, Blob] = {}
+    found: dict[str, PixelStore] = {}
     for path in sorted(folder.glob("*.images")):
         try:
             blob = map_blob(path)
-        except (Damaged, OSError):
+        except (CorruptCacheError, OSError):
             continue
         if blob.transform == transform:
             found |= dict.fromkeys(wanted.keys() & blob.slots.keys(), blob)
@@ -192,7 +194,9 @@ def _elsewhere(wanted: Mapping[str, Original], transform: str, folder: Path) -> 
 
 
 def _append(
-    file: io.BufferedIOBase, images: Iterable[tuple[str, np.ndarray, Facts]], room: int | None = None
+    file: io.BufferedIOBase,
+    images: Iterable[tuple[str, np.ndarray, ImageStatistics]],
+    room: int | None = None,
 ) -> dict[str, Slot]:
     """Write the pixels of images, at most `room` bytes, and return their slots."""
     slots: dict[str, Slot] = {}
@@ -208,7 +212,7 @@ def _append(
 
 
 def write_blob(
-    file: io.BufferedIOBase, images: Iterable[tuple[str, np.ndarray, Facts]], transform: str
+    file: io.BufferedIOBase, images: Iterable[tuple[str, np.ndarray, ImageStatistics]], transform: str
 ) -> None:
     """Write a cache file of images: SHA-256 of the content, pixels `(3, height, width)` uint8, and facts of each."""
     slots = _append(file, images)
@@ -217,7 +221,7 @@ def write_blob(
     file.write(index + _FOOTER.pack(file.tell(), len(index), zlib.crc32(index), MAGIC))
 
 
-def map_blob(path: Path) -> Blob:
+def map_blob(path: Path) -> PixelStore:
     """Map a cache file into memory. Only its index is checked, not its pixels (see `Blob.sound`).
 
     Raises:
@@ -227,17 +231,17 @@ def map_blob(path: Path) -> Blob:
     with open(path, "rb") as file:
         end = file.seek(0, 2) - _FOOTER.size
         if end < 0:
-            raise Damaged("it is too short")
+            raise CorruptCacheError("it is too short")
         file.seek(end)
         start, length, crc, magic = _FOOTER.unpack(file.read())
         if magic != MAGIC or start + length != end:
-            raise Damaged("it was cut short, or is no file of images")
+            raise CorruptCacheError("it was cut short, or is no file of images")
         file.seek(start)
         text = file.read(length)
     if zlib.crc32(text) != crc:
-        raise Damaged("its index has a wrong checksum")
+        raise CorruptCacheError("its index has a wrong checksum")
     index = json.loads(text)
-    slots = {content: Slot(*own[:4], Facts(*own[4:])) for content, own in index["images"].items()}
+    slots = {content: Slot(*own[:4], ImageStatistics(*own[4:])) for content, own in index["images"].items()}
     # Mode "c" (copy on write): writable in memory, as torch requires, but the file never changes.
     pixels = np.memmap(path, np.uint8, "c", shape=(start,)) if start else np.empty(0, np.uint8)
-    return Blob(np.asarray(pixels), slots, index["transform"])
+    return PixelStore(np.asarray(pixels), slots, index["transform"])

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from afterimage.config import AfterimageError, listed, shown
-from afterimage.data.decode import BadImage, check_header, decode, read_bytes, reason
+from afterimage.config import AfterimageError, join_names, printable_path
+from afterimage.data.decode import BadImage, check_header, decode, error_reason, read_bytes
 from afterimage.runs.files import atomic_file
 
 logger = logging.getLogger("afterimage")
@@ -77,7 +77,7 @@ class FileDigests:
             with atomic_file(self._file) as file:
                 np.savez(file, table=table)
         except OSError as error:
-            logger.debug("cannot remember digests in %s: %s", shown(self._file), error)
+            logger.debug("cannot remember digests in %s: %s", printable_path(self._file), error)
 
     def _load(self) -> np.ndarray:
         try:
@@ -90,7 +90,7 @@ class FileDigests:
             pass
         except Exception as error:  # a damaged archive raises anything
             logger.warning(
-                "the digests in %s cannot be read (%s) and are taken anew", shown(self._file), error
+                "the digests in %s cannot be read (%s) and are taken anew", printable_path(self._file), error
             )
         return np.empty(0, _ROW)
 
@@ -184,7 +184,7 @@ class FileOriginal(EncodedOriginal):
 
     @property
     def name(self) -> str:
-        return shown(self.path)
+        return printable_path(self.path)
 
     def state(self) -> str:
         """Return path, size and times; the change time reveals a file replaced by one of equal size and age."""
@@ -192,8 +192,8 @@ class FileOriginal(EncodedOriginal):
         try:
             now = path.stat()
         except (OSError, ValueError) as error:
-            raise BadImage(self.name, reason(error)) from None
-        return f"{shown(path.absolute())} {now.st_size} {now.st_mtime_ns} {now.st_ctime_ns}"
+            raise BadImage(self.name, error_reason(error)) from None
+        return f"{printable_path(path.absolute())} {now.st_size} {now.st_mtime_ns} {now.st_ctime_ns}"
 
     def read(self) -> bytes:
         return read_bytes(self.path)
@@ -234,10 +234,10 @@ class PartOriginal(Original):
         return image.crop((left, top, left + width, top + height))
 
 
-def broken_images(broken: Sequence[BadImage]) -> AfterimageError:
+def broken_images_error(broken: Sequence[BadImage]) -> AfterimageError:
     """Return one error for all unreadable images: the first 20 with their reasons, and the number of others."""
     lines = sorted(set(map(str, broken)))
     if len(lines) == 1:
         return AfterimageError(f"{lines[0]}. Mend the file or take it out")
-    told = listed(lines, 20, "\n  ")
+    told = join_names(lines, 20, "\n  ")
     return AfterimageError(f"{len(lines)} images cannot be read; mend the files or take them out:\n  {told}")

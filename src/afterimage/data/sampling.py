@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from afterimage.config import AfterimageError, counted, listed, shown, size_pair
+from afterimage.config import AfterimageError, format_count, join_names, printable_path, size_pair
 from afterimage.data.records import Original
 
 
@@ -49,7 +49,9 @@ def shuffled(originals: Sequence[Original], seed: int) -> list[Original]:
     Raises:
         AfterimageError: two images have the same id
     """
-    found = sorted(originals, key=lambda original: (original.rank, draw(seed, original.id), original.id))
+    found = sorted(
+        originals, key=lambda original: (original.rank, split_hash(seed, original.id), original.id)
+    )
     for first, second in pairwise(found):
         if first.id == second.id:
             raise AfterimageError(
@@ -58,18 +60,20 @@ def shuffled(originals: Sequence[Original], seed: int) -> list[Original]:
     return found
 
 
-def take(originals: Sequence[Original], fraction: float, seed: int) -> tuple[list[Original], list[Original]]:
+def split_off(
+    originals: Sequence[Original], fraction: float, seed: int
+) -> tuple[list[Original], list[Original]]:
     """Take a fraction of the groups of images, at least one; most groups are single images.
 
     Returns:
         the images of these groups, and all others
     """
-    groups = sorted({o.group for o in originals}, key=lambda group: (draw(seed, group), group))
+    groups = sorted({o.group for o in originals}, key=lambda group: (split_hash(seed, group), group))
     taken = set(groups[: max(1, round(fraction * len(groups)))])
     return [o for o in originals if o.group in taken], [o for o in originals if o.group not in taken]
 
 
-def draw(seed: int, name: str) -> bytes:
+def split_hash(seed: int, name: str) -> bytes:
     """Return the SHA-256 of a seed and a name, which decides an image's place in a split."""
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
@@ -94,10 +98,10 @@ def split(
     if test_fraction is None:
         test = []
     elif test is None:
-        test, train = take(train, test_fraction, seed)
+        test, train = split_off(train, test_fraction, seed)
         parts.append("test")
     if validation is None:
-        validation, train = take(train, validation_fraction, seed)
+        validation, train = split_off(train, validation_fraction, seed)
         parts.append("validation")
     if not train or not validation:
         raise AfterimageError(
@@ -116,9 +120,9 @@ SPLIT_WORDS = {
     TEST: ("test", "testing", "tst", "testset", "eval", "evaluation", "holdout"),
 }  # fmt: skip
 """Words that name a split, alone or as a word of a longer name (`DIV2K_train_HR`, `val2017`)."""
-PLAIN = frozenset(("train", "test", "validation", "val", "valid"))
+SELF_EXPLANATORY_NAMES = frozenset(("train", "test", "validation", "val", "valid"))
 """Self-explanatory names of splits, for which no note is needed."""
-BESIDE = frozenset((
+IGNORED_WORDS = frozenset((
     "data", "dataset", "files", "folder", "image", "images", "img", "imgs", "jpeg", "jpg", "of", "photo", "photos",
     "picture", "pictures", "png", "set", "split",
 ))  # fmt: skip
@@ -127,7 +131,7 @@ _PART = {word: part for part, words in SPLIT_WORDS.items() for word in words}
 _TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
 
 
-def read_name(name: str) -> tuple[str, tuple[str, ...]] | None:
+def parse_split_name(name: str) -> tuple[str, tuple[str, ...]] | None:
     """Find the split that a name contains.
 
     Returns:
@@ -139,7 +143,9 @@ def read_name(name: str) -> tuple[str, tuple[str, ...]] | None:
         parts = {TRAINING}
     if len(parts) != 1:
         return None
-    rest = (token for token in tokens if token not in _PART and token not in BESIDE and not token.isdigit())
+    rest = (
+        token for token in tokens if token not in _PART and token not in IGNORED_WORDS and not token.isdigit()
+    )
     return parts.pop(), tuple(rest)
 
 
@@ -152,15 +158,15 @@ def split_names(names: Iterable[str]) -> dict[str, str]:
     """
     families: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for name in sorted(names):
-        if (read := read_name(name)) is not None:
+        if (read := parse_split_name(name)) is not None:
             families.setdefault(read[1], {}).setdefault(read[0], []).append(name)
     whole = {rest: parts for rest, parts in families.items() if TRAINING in parts and len(parts) > 1}
     if () in whole:
-        whole = {(): {part: _plainest(part, own) for part, own in whole[()].items()}}
+        whole = {(): {part: _exact_names(part, own) for part, own in whole[()].items()}}
     return {name: part for parts in whole.values() for part, own in parts.items() for name in own}
 
 
-def _plainest(part: str, names: Sequence[str]) -> list[str]:
+def _exact_names(part: str, names: Sequence[str]) -> list[str]:
     for word in SPLIT_WORDS[part]:
         if own := [name for name in names if name.lower() == word]:
             return own
@@ -191,34 +197,34 @@ def pooled_names(paths: Collection[tuple[str, ...]]) -> list[str]:
     for level in range(1, max(map(len, paths), default=0) + 1):
         folders = {path[:level] for path in paths}
         if len(folders) > 1:
-            ordered = sorted(folders, key=lambda path: (not path or read_name(path[-1]) is None, path))
+            ordered = sorted(folders, key=lambda path: (not path or parse_split_name(path[-1]) is None, path))
             return ["/".join(path) or "." for path in ordered]
     return []
 
 
-def kind_of(name: str) -> str:
+def file_extension(name: str) -> str:
     """Return a file's extension in lower case, or `without extension`."""
     extension = os.path.splitext(name)[1].lower()
     return extension if len(extension) > 1 else "without extension"
 
 
-def left_out(others: Counter[str]) -> list[str]:
+def ignored_files_note(others: Counter[str]) -> list[str]:
     """Return a note on files that are not read, by extension; empty if there are none."""
     kinds = sorted(others, key=lambda kind: (-others[kind], kind))
-    told = listed([f"{others[kind]:,} {shown(kind)}" for kind in kinds])
-    return [f"left out: {counted(others.total(), 'file')} not read: {told}"] if others else []
+    told = join_names([f"{others[kind]:,} {printable_path(kind)}" for kind in kinds])
+    return [f"left out: {format_count(others.total(), 'file')} not read: {told}"] if others else []
 
 
 _MASK = 2**64 - 1
 _ORDER, _CROP = 1, 2
 
 
-def order(n: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of `n` images in an epoch, a permutation of 0 to n - 1 as `(n,)` int64."""
     return np.argsort(_hash(np.arange(n), _ORDER, seed, epoch), kind="stable")
 
 
-def crop_places(
+def random_crop_positions(
     heights: np.ndarray,
     widths: np.ndarray,
     crop: int | tuple[int, int],
@@ -246,7 +252,7 @@ def crop_places(
     return top, left, (bits & np.uint64(1)).astype(bool)
 
 
-def centre_places(
+def centre_crop_positions(
     heights: np.ndarray, widths: np.ndarray, crop: int | tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return top and left of centre crops in pixels, rounded half to even as by torchvision's CenterCrop."""

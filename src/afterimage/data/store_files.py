@@ -15,16 +15,24 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from afterimage.config import AfterimageError, DataConfig, from_dict, shown, to_dict, unknown, utf8_path
+from afterimage.config import (
+    AfterimageError,
+    DataConfig,
+    from_dict,
+    printable_path,
+    to_dict,
+    unknown_choice_error,
+    utf8_path,
+)
 from afterimage.data.decode import decode
-from afterimage.runs.files import atomic_file, read_object, remove_leftovers, sha256, write_json
-from afterimage.runs.results import FeatureMap, UsedWeights
+from afterimage.runs.files import atomic_file, read_object, remove_temporary_files, sha256, write_json
+from afterimage.runs.results import FeatureMap, WeightsRecord
 
 IMAGES, IDS, METADATA = "images", "ids", "afterimage"
 """Names of a file's entries beside `features` or `features.NAME`; the last is a JSON object."""
-OBJECT = 32
+BYTES_PER_OBJECT = 32
 """Number of bytes that a number takes in a Python list."""
-MEMORY = 16 * 2**30
+DEFAULT_MEMORY_BYTES = 16 * 2**30
 BATCH = 256
 
 Arrays = dict[str, Any]
@@ -38,17 +46,17 @@ def read_file(path: Path) -> Arrays:
         AfterimageError: the file is missing, damaged or of another kind
     """
     if path.suffix not in READERS:
-        raise unknown("kind of store", path.suffix or path.name, READERS)
+        raise unknown_choice_error("kind of store", path.suffix or path.name, READERS)
     if path.exists() and not path.is_file():  # opening a named pipe would block for ever
-        raise AfterimageError(f"cannot read {shown(path)}: it is not a regular file")
+        raise AfterimageError(f"cannot read {printable_path(path)}: it is not a regular file")
     try:
         return READERS[path.suffix](path)
     except AfterimageError:
         raise
     except OSError as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {error.strerror or error}") from None
+        raise AfterimageError(f"cannot read {printable_path(path)}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file may raise anything; a pickled array is a ValueError
-        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+        raise AfterimageError(f"cannot read {printable_path(path)}: {error}") from None
 
 
 def write_file(
@@ -69,7 +77,7 @@ def write_file(
         with atomic_file(path) as file:
             WRITERS[path.suffix](file, ids, arrays, metadata)
     except OSError as error:
-        raise AfterimageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+        raise AfterimageError(f"cannot write {printable_path(path)}: {error.strerror or error}") from error
 
 
 def _read_safetensors(path: Path) -> Arrays:
@@ -100,7 +108,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def _read_npz(path: Path) -> Arrays:
     with np.load(path, allow_pickle=False) as file:
-        _fits(path, sum(member.file_size for member in file.zip.infolist()))
+        _check_memory(path, sum(member.file_size for member in file.zip.infolist()))
         found = {name: np.asarray(file[name]) for name in file.files}  # bytes if a member is no array
     if METADATA in found:
         found[METADATA] = _parsed(str(found[METADATA]))
@@ -133,8 +141,10 @@ def _read_parquet(path: Path) -> Arrays:
         # Read in batches, so that a small file cannot unpack into all memory. The sizes in the columns' metadata
         # are not used, because Arrow aborts the process if they are damaged.
         for batch in file.iter_batches(BATCH):
-            size += sum(c.nbytes * (OBJECT // 4 if "list" in str(c.type) else 1) for c in batch.columns)
-            _fits(path, size)
+            size += sum(
+                c.nbytes * (BYTES_PER_OBJECT // 4 if "list" in str(c.type) else 1) for c in batch.columns
+            )
+            _check_memory(path, size)
             batches.append(batch)
         table = pa.Table.from_batches(batches, file.schema_arrow)
     found: Arrays = {}
@@ -149,7 +159,7 @@ def _read_parquet(path: Path) -> Arrays:
         try:
             found[name] = np.asarray(rows)
         except ValueError:
-            raise AfterimageError(f"{shown(path)}: {name} holds rows of different shapes") from None
+            raise AfterimageError(f"{printable_path(path)}: {name} holds rows of different shapes") from None
     if (text := (table.schema.metadata or {}).get(METADATA.encode())) is not None:
         found[METADATA] = _parsed(text.decode())
     return found
@@ -171,19 +181,23 @@ def _decoded(path: Path, rows: list[Any]) -> list[np.ndarray]:
     contents = [row["bytes"] if isinstance(row, dict) else row for row in rows]
     images: list[np.ndarray] = []
     for i, content in enumerate(contents):
-        images.append(np.asarray(decode(content, f"{shown(path)}, image {i}")))
+        images.append(np.asarray(decode(content, f"{printable_path(path)}, image {i}")))
         if images[i].shape != images[0].shape:
-            raise AfterimageError(f"{shown(path)}: image {i} has another size than image 0")
-        _fits(path, len(contents) * images[0].size)
+            raise AfterimageError(f"{printable_path(path)}: image {i} has another size than image 0")
+        _check_memory(path, len(contents) * images[0].size)
     return images
 
 
-def _fits(path: Path, size: int) -> None:
+def _check_memory(path: Path, size: int) -> None:
     """Check that a file's unpacked `size` in bytes is at most half of this machine's memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else MEMORY
+    memory = (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if hasattr(os, "sysconf")
+        else DEFAULT_MEMORY_BYTES
+    )
     if size > memory // 2:
         raise AfterimageError(
-            f"{shown(path)} takes {size / 2**30:.1f} GiB of memory, over half of this machine's "
+            f"{printable_path(path)} takes {size / 2**30:.1f} GiB of memory, over half of this machine's "
             f"{memory / 2**30:.1f} GiB"
         )
 
@@ -206,11 +220,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 INDEX = ".index.json"
 VERSION = 1
-"""Version of the index and of `StoreFacts`: increase it whenever a key changes its name or its meaning."""
+"""Version of the index and of `StoreMetadata`: increase it whenever a key changes its name or its meaning."""
 
 
 @dataclass(frozen=True)
-class StoreFacts:
+class StoreMetadata:
     """Metadata of extracted features; extractions with equal metadata write equal stores.
 
     Attributes:
@@ -231,7 +245,7 @@ class StoreFacts:
 
     model: str
     features: tuple[FeatureMap, ...]
-    used: UsedWeights
+    used: WeightsRecord
     weights: str
     seed: int
     mean: tuple[float, ...]
@@ -259,7 +273,7 @@ class StoreIndex:
     """Index of a store: the shards written so far, in order. `facts.images` counts the images of all shards."""
 
     shard_images: int
-    facts: StoreFacts
+    facts: StoreMetadata
     shards: tuple[Shard, ...] = ()
 
 
@@ -284,7 +298,7 @@ def read_index(path: Path) -> StoreIndex | None:
             raise AfterimageError(f"{outside[0]!r:.200} is no file beside it")
         return index
     except AfterimageError as error:
-        raise AfterimageError(f"{shown(file)}: {error}") from None
+        raise AfterimageError(f"{printable_path(file)}: {error}") from None
 
 
 class StoreWriter:
@@ -299,22 +313,23 @@ class StoreWriter:
         AfterimageError: `path` holds another extraction or another file
     """
 
-    def __init__(self, path: Path, facts: StoreFacts, shard_images: int) -> None:
+    def __init__(self, path: Path, facts: StoreMetadata, shard_images: int) -> None:
         self.path, self.facts, self.shard_images = path, facts, shard_images
         self.index = StoreIndex(shard_images, facts)
         self._done: dict[str, Shard] = {}
         if (before := read_index(path)) is not None:
             if changed := _changed(before, self.index):
                 raise AfterimageError(
-                    f"{shown(path)} holds another extraction, with other {', '.join(changed)}: choose another file, "
-                    f"or delete its shards and {shown(index_path(path).name)}"
+                    f"{printable_path(path)} holds another extraction, with other {', '.join(changed)}: "
+                    "choose another file, "
+                    f"or delete its shards and {printable_path(index_path(path).name)}"
                 )
             self._done = {shard.file: shard for shard in before.shards if self._is_whole(shard)}
         elif path.exists():
             raise AfterimageError(
-                f"{shown(path)} exists, and no extraction has written it: choose another file"
+                f"{printable_path(path)} exists, and no extraction has written it: choose another file"
             )
-        remove_leftovers(path.parent, [index_path(path).name, *self._rows()])
+        remove_temporary_files(path.parent, [index_path(path).name, *self._rows()])
         self._save()
 
     def _is_whole(self, shard: Shard) -> bool:
@@ -349,7 +364,7 @@ class StoreWriter:
 
 def _changed(before: StoreIndex, now: StoreIndex) -> list[str]:
     """Return the names of the settings in which two extractions differ."""
-    names = [f.name for f in fields(StoreFacts) if f.name not in ("data_digest", "used")]
+    names = [f.name for f in fields(StoreMetadata) if f.name not in ("data_digest", "used")]
     changed = [name for name in names if getattr(before.facts, name) != getattr(now.facts, name)]
     if not changed and before.facts.data_digest != now.facts.data_digest:
         changed.append("images")
@@ -358,7 +373,7 @@ def _changed(before: StoreIndex, now: StoreIndex) -> list[str]:
     return changed + ["shard_images"] * (before.shard_images != now.shard_images)
 
 
-def read_facts(file: Path, values: Mapping[str, Any]) -> StoreFacts:
+def read_facts(file: Path, values: Mapping[str, Any]) -> StoreMetadata:
     """Return the facts in a file's metadata.
 
     Raises:
@@ -367,9 +382,9 @@ def read_facts(file: Path, values: Mapping[str, Any]) -> StoreFacts:
     try:
         if (version := values.get("version")) != VERSION:
             raise AfterimageError(f"version {version!r:.80}; this one reads {VERSION}")
-        return from_dict(StoreFacts, {name: value for name, value in values.items() if name != "version"})
+        return from_dict(StoreMetadata, {name: value for name, value in values.items() if name != "version"})
     except AfterimageError as error:
-        raise AfterimageError(f"{shown(file)}: {METADATA}: {error}") from None
+        raise AfterimageError(f"{printable_path(file)}: {METADATA}: {error}") from None
 
 
 def layer_key(layer: str) -> str:

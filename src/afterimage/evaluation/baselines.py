@@ -16,23 +16,29 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from afterimage.config import AfterimageError, BaselineConfig, DataConfig, listed, unknown
+from afterimage.config import AfterimageError, BaselineConfig, DataConfig, join_names, unknown_choice_error
 from afterimage.data.dataset import current_digests, load_data
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import (
     Evaluation,
-    evaluate_together,
-    reconstructions,
+    evaluate_batches,
+    reconstruct_batches,
     score_notes,
     summarise,
     to_uint8,
 )
 from afterimage.evaluation.metrics import Metrics
-from afterimage.runs.lock import held
+from afterimage.runs.lock import hold_lock
 from afterimage.runs.results import Result
-from afterimage.runs.run import TRACEBACK, Run, environment, forget, record
-from afterimage.runtime.failures import as_error, concerns, let_go, of_caller, together
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runs.run import TRACEBACK, Run, environment, remove_traceback, write_failure
+from afterimage.runtime.failures import (
+    clear_error_frames,
+    error_scope,
+    protect_callback,
+    run_all_or_each,
+    to_afterimage_error,
+)
+from afterimage.runtime.terminal import Progress, no_progress
 
 BASELINES = (
     "mean",
@@ -60,7 +66,7 @@ def baseline(name: str) -> Callable[[Images], Images]:
     return lambda images: jpeg(images, number)
 
 
-def label(name: str, size: tuple[int, int] = (1, 1)) -> str:
+def display_name(name: str, size: tuple[int, int] = (1, 1)) -> str:
     """Return a baseline's display name for images of a `size` (height, width)."""
     kind, number = _parse(name)
     if kind == "mean":
@@ -76,7 +82,7 @@ def run_baselines(
     names: Sequence[str] | None = None,
     lpips: str = "alex",
     cache: Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     keep: int = 8,
     failures: list[AfterimageError] | None = None,
 ) -> list[Run]:
@@ -96,7 +102,7 @@ def run_baselines(
     Raises:
         AfterimageError: a name is unknown, or a baseline failed and no `failures` are given
     """
-    progress = of_caller(progress)
+    progress = protect_callback(progress)
     if names is None:
         most = min(data.size)
         names = [name for name in BASELINES if _parse(name)[0] != "thumbnail" or _parse(name)[1] < most]
@@ -109,13 +115,13 @@ def run_baselines(
         try:
             yield
         except Exception as error:
-            if concerns(error):
+            if error_scope(error):
                 raise
-            ended = listed([runs[name].name for name in which])
-            failed.append(as_error(error, ended, runs[which[0]].file(TRACEBACK)))
+            ended = join_names([runs[name].name for name in which])
+            failed.append(to_afterimage_error(error, ended, runs[which[0]].file(TRACEBACK)))
             for name in which:
-                record(runs[name], error)
-            let_go(error)
+                write_failure(runs[name], error)
+            clear_error_frames(error)
 
     metrics = Metrics(lpips, size=min(data.size))
     try:
@@ -137,7 +143,7 @@ def run_baselines(
         for name in names:
             with recorded(name):
                 if not is_current(runs[name]):
-                    stack.enter_context(held(runs[name].path, lambda text: progress(text, 1, 1)))
+                    stack.enter_context(hold_lock(runs[name].path, lambda text: progress(text, 1, 1)))
                     if not is_current(runs[name]):
                         missing.append(name)
         if missing:
@@ -145,10 +151,10 @@ def run_baselines(
                 loaded = load_data(data, cache=cache, progress=progress)
 
                 def measure(which: list[str]) -> None:
-                    batches = reconstructions(
+                    batches = reconstruct_batches(
                         lambda images: [lines[name](images) for name in which], loaded.test
                     )
-                    results = evaluate_together(
+                    results = evaluate_batches(
                         batches, loaded.test.ids, metrics, names=which, progress=progress, keep=keep
                     )
                     for name, result in zip(which, results, strict=True):
@@ -159,7 +165,7 @@ def run_baselines(
                     with recorded(name):
                         raise error
 
-                together(measure, missing, alone)
+                run_all_or_each(measure, missing, alone)
     if failures is not None:
         failures += failed
     elif failed:
@@ -168,11 +174,11 @@ def run_baselines(
 
 
 def _save(run: Run, name: str, result: Evaluation, data: Data, metrics: Metrics) -> None:
-    forget(run)
+    remove_traceback(run)
     run.save_environment(environment())
     found = Result(
         kind="baseline",
-        label=label(name, data.config.size),
+        label=display_name(name, data.config.size),
         config=BaselineConfig(name, data.config, metrics.lpips_status.net),
         data=data.describe(),
         lpips=metrics.lpips_status,
@@ -204,18 +210,18 @@ def thumbnail(images: Images, size: int) -> Images:
 
 def jpeg(images: Images, quality: int) -> Images:
     """Encode images as 8-bit JPEG with a quality of 1 to 100 and chroma at half resolution, and decode them."""
-    files = [encoded(array, "JPEG", quality=quality) for array in to_uint8(images)]
-    return decoded(files).to(images.device)
+    files = [encode_image(array, "JPEG", quality=quality) for array in to_uint8(images)]
+    return decode_images(files).to(images.device)
 
 
-def encoded(pixels: UInt8[np.ndarray, "height width 3"], codec: str, **options: Any) -> bytes:
+def encode_image(pixels: UInt8[np.ndarray, "height width 3"], codec: str, **options: Any) -> bytes:
     """Return an image as a file of one of Pillow's formats."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, codec, **options)
     return file.getvalue()
 
 
-def decoded(files: Sequence[bytes]) -> Images:
+def decode_images(files: Sequence[bytes]) -> Images:
     """Return the images of files of one size, `(B, 3, H, W)` in [0, 1]."""
     arrays = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div(255)
@@ -226,5 +232,7 @@ def _parse(name: str) -> tuple[str, int]:
         return "mean", 0
     match = re.fullmatch(r"(thumbnail|jpeg)-([1-9]\d{0,4})", name)
     if match is None or (match[1] == "jpeg" and int(match[2]) > 100):
-        raise unknown("baseline", name, (*BASELINES, "thumbnail-SIZE", "jpeg-QUALITY (1 to 100)"))
+        raise unknown_choice_error(
+            "baseline", name, (*BASELINES, "thumbnail-SIZE", "jpeg-QUALITY (1 to 100)")
+        )
     return match[1], int(match[2])

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError
 from afterimage.data.images import ImageSet
-from afterimage.evaluation.metrics import PSNR_CAP, Metrics, problem
+from afterimage.evaluation.metrics import PSNR_CAP, Metrics, find_invalid_image
 from afterimage.runs.results import METRICS, FeatureMap, Score
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
-SEEN = "_seen"
+VISIBLE_SUFFIX = "_seen"
 """Suffix of scores over only those pixels that some location of the features sees."""
 
 Box = tuple[tuple[int, int], tuple[int, int]]
@@ -47,7 +47,7 @@ def evaluate(
     *,
     batch_size: int = 16,
     device: torch.device | str | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     keep: int = 0,
     seen: Box | None = None,
 ) -> Evaluation:
@@ -65,18 +65,18 @@ def evaluate(
         seen: part of the images on which they are also measured separately; None for no part
 
     Raises:
-        AfterimageError: as `evaluate_together`.
+        AfterimageError: as `evaluate_batches`.
     """
     modules = [reconstruct] if isinstance(reconstruct, nn.Module) else []
     if device is None:
         tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    with evaluating(*modules):
-        batches = reconstructions(
+    with eval_mode(*modules):
+        batches = reconstruct_batches(
             lambda images: [reconstruct(images)], image_set, batch_size=batch_size, device=device
         )
         options = {"progress": progress, "keep": keep, "seen": [seen]}
-        (result,) = evaluate_together(batches, image_set.ids, metrics, **options)
+        (result,) = evaluate_batches(batches, image_set.ids, metrics, **options)
     return result
 
 
@@ -85,7 +85,7 @@ Reconstructed = tuple[Tensor, Tensor, Sequence[Tensor]]
 [0, 1], and a batch of reconstructions of the same shape for each of several methods."""
 
 
-def reconstructions(
+def reconstruct_batches(
     reconstruct: Callable[[Images], Sequence[Images]],
     image_set: ImageSet,
     *,
@@ -94,7 +94,7 @@ def reconstructions(
 ) -> Iterator[Reconstructed]:
     """Yield the images of a set with their reconstructions by several methods, batch by batch.
 
-    Put the modules that `reconstruct` calls into evaluation mode first (see `evaluating`).
+    Put the modules that `reconstruct` calls into evaluation mode first (see `eval_mode`).
     """
     for indices in torch.arange(len(image_set)).split(batch_size):
         images = image_set.crops(indices, device=device)
@@ -102,13 +102,13 @@ def reconstructions(
 
 
 @torch.inference_mode()
-def evaluate_together(
+def evaluate_batches(
     batches: Iterable[Reconstructed],
     ids: Sequence[str],
     metrics: Metrics,
     *,
     names: Sequence[str] = (),
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     keep: int = 0,
     seen: Sequence[Box | None] = (),
     ranks: ProcessGroup = SINGLE_PROCESS,
@@ -116,7 +116,7 @@ def evaluate_together(
     """Measure several reconstructions of each image in one pass over batches.
 
     Args:
-        batches: all images of a set in order, each with the same number of reconstructions (see `reconstructions`).
+        batches: all images of a set in order, each with the same number of reconstructions (see `reconstruct_batches`).
             The iterator runs without gradients. With several ranks, each passes its part of every batch, which may be
             empty
         ids: the ids of all images of the set
@@ -173,13 +173,15 @@ def score_rows(
     for box in {box for box in seen if box is not None}:
         numbers = [i for i, other in enumerate(seen) if other == box]
         found = metrics.compare(
-            [cropped(outputs[i], box) for i in numbers], cropped(images, box), any_size=True
+            [crop_to_box(outputs[i], box) for i in numbers], crop_to_box(images, box), any_size=True
         )
         for i, scores in zip(numbers, found, strict=True):
-            columns[i] |= {f"{name}{SEEN}": values for name, values in scores.items()}
+            columns[i] |= {f"{name}{VISIBLE_SUFFIX}": values for name, values in scores.items()}
     results = []
     for scores in columns:
-        names = [name for name in (*METRICS, *(f"{name}{SEEN}" for name in METRICS)) if name in scores]
+        names = [
+            name for name in (*METRICS, *(f"{name}{VISIBLE_SUFFIX}" for name in METRICS)) if name in scores
+        ]
         values = zip(*(scores[name] or [None] * len(ids) for name in names), strict=True)
         results.append(
             [{"id": i} | dict(zip(names, row, strict=True)) for i, row in zip(ids, values, strict=True)]
@@ -187,7 +189,7 @@ def score_rows(
     return results
 
 
-def cropped(images: Images, box: Box | None) -> Float[Tensor, "batch 3 _ _"]:
+def crop_to_box(images: Images, box: Box | None) -> Float[Tensor, "batch 3 _ _"]:
     """Crop images to a box; None keeps the whole images."""
     if box is None:
         return images
@@ -201,7 +203,7 @@ def to_uint8(images: Images) -> np.ndarray:
 
 
 @contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Put modules into evaluation mode inside the block, and restore the mode of every submodule afterwards."""
     before = [(part, part.training) for module in modules for part in module.modules()]
     try:
@@ -218,7 +220,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, 
 
     Args:
         rows: scores, a row for each image
-        suffix: `SEEN` for scores of the part that is seen
+        suffix: `VISIBLE_SUFFIX` for scores of the part that is seen
 
     Raises:
         AfterimageError: there are no rows, or only some of them have a metric
@@ -241,7 +243,7 @@ def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{exact} of {len(rows)} images came back exactly and count as {PSNR_CAP:g} dB"] if exact else []
 
 
-def seen_notes(
+def visibility_notes(
     features: Sequence[FeatureMap],
     box: Box | None,
     size: tuple[int, int],
@@ -264,9 +266,8 @@ def seen_notes(
             "count in every score"
         )
         if rows:
-            note += (
-                f"; on the other pixels alone the mean PSNR is {summarise(rows, SEEN)['psnr'].mean:.2f} dB"
-            )
+            visible = summarise(rows, VISIBLE_SUFFIX)["psnr"].mean
+            note += f"; on the other pixels alone the mean PSNR is {visible:.2f} dB"
         notes.append(note)
     return notes
 
@@ -275,5 +276,5 @@ def _check(output: Tensor, images: Tensor, ids: Sequence[str], name: str) -> Non
     who = f"the reconstruction by {name}" if name else "the reconstruction"
     if output.shape != images.shape:
         raise AfterimageError(f"{who} has shape {tuple(output.shape)}, its images {tuple(images.shape)}")
-    if found := problem(output):
+    if found := find_invalid_image(output):
         raise AfterimageError(f"{who} of image {ids[found[0]]} {found[1]}")

@@ -13,13 +13,13 @@ import numpy as np
 from afterimage.config import AfterimageError
 from afterimage.runs.results import Interval
 
-NAME = "95 % BCa interval"
+INTERVAL_NAME = "95 % BCa interval"
 """Name of the interval in captions; all intervals of a report are of this kind."""
 RESAMPLES = 10_000
 """Bootstrap resamples: the ends of a 95 % interval then have a standard error below 1 % of its length."""
 CONFIDENCE = 0.95
 """Confidence level of all intervals."""
-FEW = 10
+MIN_BOOTSTRAP_IMAGES = 10
 """Number of images below which resamples hold too few distinct values; intervals of means then include Student's t."""
 _CHUNK = 4_000_000
 """Number of resampled values held at a time (32 MB)."""
@@ -112,8 +112,8 @@ def mean_interval(values: np.ndarray, limits: tuple[float, float] = (-math.inf, 
     """Compute the BCa interval of a mean over images, or of a mean difference from paired differences.
 
     The mean of a resample never leaves the range of the values, and the range of two values contains the true mean only
-    half of the time. The interval of fewer than `FEW` images therefore includes Student's t interval, as far as a mean
-    can lie there.
+    half of the time. The interval of fewer than `MIN_BOOTSTRAP_IMAGES` images therefore includes Student's t interval,
+    as far as a mean can lie there.
 
     Args:
         values: scores or differences `(images,)`, finite
@@ -124,7 +124,7 @@ def mean_interval(values: np.ndarray, limits: tuple[float, float] = (-math.inf, 
     """
     values = np.asarray(values, dtype=float)
     found = interval(lambda means: means[..., 0], values[..., None])
-    if len(values) >= FEW or found.low == found.high:
+    if len(values) >= MIN_BOOTSTRAP_IMAGES or found.low == found.high:
         return found
     half = float(_student(len(values)) * values.std(ddof=1) / math.sqrt(len(values)))
     low = min(found.low, max(found.estimate - half, limits[0]))

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from afterimage.config import LPIPS_NETS, LPIPS_SMALLEST, SSIM_WINDOW, AfterimageError, check_choice
+from afterimage.config import LPIPS_MIN_SIDE, LPIPS_NETS, SSIM_WINDOW, AfterimageError, check_choice
 from afterimage.models.lpips import LPIPS, find_lpips_weights
 from afterimage.runs.results import METRICS, LpipsStatus
 
-__all__ = ["LPIPS", "PSNR_CAP", "Metrics", "check", "problem", "psnr", "ssim"]
+__all__ = ["LPIPS", "PSNR_CAP", "Metrics", "check_pair", "find_invalid_image", "psnr", "ssim"]
 
 PSNR_CAP = 100.0
 """PSNR of identical images, in dB. Infinity would make every mean infinite, and JSON cannot hold it."""
@@ -32,7 +32,7 @@ Images = Float[Tensor, "batch 3 height width"]
 Scores = Float[Tensor, " batch"]
 
 
-def problem(images: Images) -> tuple[int, str] | None:
+def find_invalid_image(images: Images) -> tuple[int, str] | None:
     """Find the first image of a batch `(B, 3, H, W)` that is not finite or leaves [0, 1] by more than 1e-6.
 
     Returns:
@@ -48,7 +48,7 @@ def problem(images: Images) -> tuple[int, str] | None:
     return None
 
 
-def check(prediction: Tensor, target: Tensor) -> None:
+def check_pair(prediction: Tensor, target: Tensor) -> None:
     """Raise an `AfterimageError` unless both are batches of images `(B, 3, H, W)` of one shape, floats in [0, 1]."""
     pair = (("prediction", prediction), ("target", target))
     for name, images in pair:
@@ -60,7 +60,7 @@ def check(prediction: Tensor, target: Tensor) -> None:
         shapes = f"{tuple(prediction.shape)} and {tuple(target.shape)}"
         raise AfterimageError(f"prediction and target differ in shape: {shapes}")
     for name, images in pair:
-        if found := problem(images):
+        if found := find_invalid_image(images):
             raise AfterimageError(f"{name}: image {found[0]} of the batch {found[1]}")
 
 
@@ -75,9 +75,9 @@ def psnr(prediction: Images, target: Images) -> Scores:
         PSNR in dB, `(B,)`, at most `PSNR_CAP`
 
     Raises:
-        AfterimageError: as `check`
+        AfterimageError: as `check_pair`
     """
-    check(prediction, target)
+    check_pair(prediction, target)
     return _by_image(_psnr, prediction.float(), target.float())
 
 
@@ -95,9 +95,9 @@ def ssim(prediction: Images, target: Images) -> Scores:
         SSIM, `(B,)`, in [-1, 1]
 
     Raises:
-        AfterimageError: as `check`, or a side is shorter than 11 pixels
+        AfterimageError: as `check_pair`, or a side is shorter than 11 pixels
     """
-    check(prediction, target)
+    check_pair(prediction, target)
     return _by_image(_ssim, prediction.float(), target.float())
 
 
@@ -109,10 +109,10 @@ def _by_image(metric: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, ta
 
 
 def _psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    return decibels((prediction - target).square().flatten(1).mean(1))
+    return psnr_from_mse((prediction - target).square().flatten(1).mean(1))
 
 
-def decibels(errors: Tensor) -> Tensor:
+def psnr_from_mse(errors: Tensor) -> Tensor:
     """Return the PSNR of mean squared errors, at most `PSNR_CAP`."""
     return -10 * errors.clamp_min(10 ** (-PSNR_CAP / 10)).log10()
 
@@ -180,7 +180,7 @@ class Metrics:
         check_choice("LPIPS network", lpips_net, LPIPS_NETS)
         self.lpips: LPIPS | None = None
         self.lpips_status = LpipsStatus(lpips_net)
-        smallest = LPIPS_SMALLEST[lpips_net]
+        smallest = LPIPS_MIN_SIDE[lpips_net]
         if size is not None and size < smallest:
             reason = f"LPIPS ({lpips_net}) needs images of {smallest}x{smallest} or more, got {size}x{size}"
             self.lpips_status = LpipsStatus(lpips_net, reason=reason)
@@ -224,12 +224,12 @@ class Metrics:
             for each batch of reconstructions, a dict as `__call__` returns it
         """
         for prediction in predictions:
-            check(prediction, target)
+            check_pair(prediction, target)
         columns: list[dict[str, list[Tensor]]] = [{name: [] for name in METRICS} for _ in predictions]
         size = CHUNK if target.device.type == "cpu" else len(target)
         side = min(target.shape[-2:])
         lpips = self.lpips
-        if lpips is not None and any_size and side < LPIPS_SMALLEST[self.lpips_status.net]:
+        if lpips is not None and any_size and side < LPIPS_MIN_SIDE[self.lpips_status.net]:
             lpips = None
         for start in range(0, len(target), size):
             original = target[start : start + size].float()

@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from afterimage.config import LPIPS_SMALLEST
-from afterimage.evaluation.evaluate import SEEN, Box, cropped
+from afterimage.config import LPIPS_MIN_SIDE
+from afterimage.evaluation.evaluate import VISIBLE_SUFFIX, Box, crop_to_box
 from afterimage.models.lpips import LPIPS
-from afterimage.runs.audit import SIDE
+from afterimage.runs.audit import COMPARISON_SIDE
 
 Images = Float[Tensor, "_ 3 height width"]
 Distances = Float[Tensor, "queries candidates"]
 
 
-def reduced(images: Images) -> Float[Tensor, "_ 3 _ _"]:
-    """Reduce images for comparison to at most `SIDE` pixels on the shorter side, antialiased."""
+def downscale(images: Images) -> Float[Tensor, "_ 3 _ _"]:
+    """Reduce images for comparison to at most `COMPARISON_SIDE` pixels on the shorter side, antialiased."""
     height, width = images.shape[-2:]
-    scale = SIDE / min(height, width)
+    scale = COMPARISON_SIDE / min(height, width)
     if scale >= 1:
         return images
     return F.interpolate(
@@ -31,16 +31,17 @@ def reduced(images: Images) -> Float[Tensor, "_ 3 _ _"]:
 
 
 Compared = dict[str, Float[Tensor, "_ 3 _ _"]]
-"""Reduced images for comparison: whole images under "", and if only a part of them is seen, that part under `SEEN`."""
+"""Reduced images for comparison: whole images under "", and the visible part, if that is not all, under
+`VISIBLE_SUFFIX`."""
 
 
-def compared(images: Images, box: Box | None) -> Compared:
+def prepare_images(images: Images, box: Box | None) -> Compared:
     """Reduce images and, if there is a box, their part in it, and move them to the CPU."""
-    found = {"": reduced(images).cpu()}
-    return found if box is None else found | {SEEN: reduced(cropped(images, box)).cpu()}
+    found = {"": downscale(images).cpu()}
+    return found if box is None else found | {VISIBLE_SUFFIX: downscale(crop_to_box(images, box)).cpu()}
 
 
-def joined(batches: Sequence[Compared]) -> Compared:
+def concatenate_batches(batches: Sequence[Compared]) -> Compared:
     """Concatenate several batches."""
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -54,7 +55,7 @@ class Gallery:
     """
 
     def __init__(self, originals: Images, lpips: LPIPS | None = None) -> None:
-        fits = lpips is not None and min(originals.shape[-2:]) >= LPIPS_SMALLEST[lpips.net]
+        fits = lpips is not None and min(originals.shape[-2:]) >= LPIPS_MIN_SIDE[lpips.net]
         self.originals, self.lpips = originals, lpips if fits else None
         self._known = {name: embed(originals) for name, embed in self._embeddings().items()}
 

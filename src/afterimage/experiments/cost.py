@@ -20,7 +20,7 @@ from afterimage.models.reconstructor import build_feature_decoder
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunCost:
     """The estimated cost of one run.
 
     Attributes:
@@ -46,7 +46,7 @@ class Plan:
     unseen: Mapping[str, str]
 
 
-def plan(config: RunConfig) -> Plan:
+def estimate_cost(config: RunConfig) -> RunCost:
     """Estimate the cost of a run, trained alone, without decoding images or loading weights.
 
     Time is the number of multiply-adds of all epochs (encoder pass, decoder pass, and twice the latter for the backward
@@ -74,7 +74,7 @@ def plan(config: RunConfig) -> Plan:
     macs += sum(part.fit_macs(images) for part in model.closed_forms)
     memory = 4 * (4 * parameters + 2 * recipe.batch_size * (activations + sum(s.values for s in specs)))
     memory += sum(part.fit_bytes for part in model.closed_forms)
-    return Plan(
+    return RunCost(
         config,
         specs,
         parameters,

@@ -22,19 +22,19 @@ from afterimage.config import (
     absolute_weights,
     check_choice,
     check_range,
-    shown,
+    printable_path,
     split_source,
-    unknown,
+    unknown_choice_error,
 )
 from afterimage.data.dataset import SPLITS, count_images, load_data
 from afterimage.data.images import ImageSet
-from afterimage.data.store_files import DTYPES, IMAGES, WRITERS, StoreFacts, StoreWriter
-from afterimage.models.encoders.providers import at_native_size, resolve
+from afterimage.data.store_files import DTYPES, IMAGES, WRITERS, StoreMetadata, StoreWriter
+from afterimage.models.encoders.providers import at_native_size, resolve_source
 from afterimage.models.encoders.tracing import layer_info
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.results import FeatureMap
-from afterimage.runtime.device import one_device
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.device import create_single_device_fabric
+from afterimage.runtime.terminal import Progress, no_progress
 from afterimage.training.feature_loader import FeatureLoader, RunContext
 
 SHARD_BYTES = 2**28
@@ -68,7 +68,7 @@ class Extraction:
     def __post_init__(self) -> None:
         if not self.sources:
             raise AfterimageError("name at least one MODEL:LAYER, for example resnet34.tv_in1k:layer1")
-        sources = tuple(dict.fromkeys(map(resolve, self.sources)))
+        sources = tuple(dict.fromkeys(map(resolve_source, self.sources)))
         models = dict.fromkeys(split_source(source)[0] for source in sources)
         if len(models) > 1:
             raise AfterimageError(
@@ -95,7 +95,7 @@ class Extraction:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StoreSize:
     """Size of the store that an extraction would write.
 
     Attributes:
@@ -113,7 +113,7 @@ class Plan:
     shards: int
 
 
-def plan_extraction(wanted: Extraction, path: Path, *, cache: Path | None = None) -> Plan:
+def plan_extraction(wanted: Extraction, path: Path, *, cache: Path | None = None) -> StoreSize:
     """Compute the size of the store that an extraction would write, without decoding images or loading weights.
 
     Args:
@@ -130,7 +130,7 @@ def plan_extraction(wanted: Extraction, path: Path, *, cache: Path | None = None
     images = sum(counts.values()) if wanted.split == "all" else counts[wanted.split]
     pixels, features = wanted.image_bytes(layers)
     shards = math.ceil(images / wanted.per_shard(layers, images))
-    return Plan(layers, images, images * pixels, tuple(images * size for size in features), shards)
+    return StoreSize(layers, images, images * pixels, tuple(images * size for size in features), shards)
 
 
 def extract(
@@ -139,8 +139,8 @@ def extract(
     *,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
-) -> StoreFacts:
+    progress: Progress = no_progress,
+) -> StoreMetadata:
     """Write a feature store shard by shard on one pass through the encoder; existing complete shards are kept.
 
     Args:
@@ -156,7 +156,7 @@ def extract(
             images have the same id, or features are not finite in the number format; the message names the image
     """
     _check_kind(wanted, path)
-    fabric = one_device(accelerator, "32-true")
+    fabric = create_single_device_fabric(accelerator, "32-true")
     encoders = MultiEncoder(
         wanted.sources, weights=wanted.weights, image_size=wanted.data.size, seed=wanted.seed
     )
@@ -165,11 +165,12 @@ def extract(
     ids = [one for part in parts for one in part.ids]
     if doubled := [one for one, count in Counter(ids).items() if count > 1]:
         raise AfterimageError(
-            f"{len(doubled)} ids name two images, for example {shown(doubled[0])}, once from {wanted.data.source} and "
+            f"{len(doubled)} ids name two images, for example {printable_path(doubled[0])}, once from "
+            f"{wanted.data.source} and "
             f"once from {wanted.data.test}: extract them with --split into two stores, or rename the images"
         )
     (network,) = (encoder.network for encoder in encoders.encoders)
-    facts = StoreFacts(
+    facts = StoreMetadata(
         model=network.name,
         features=tuple(encoders.describe()),
         used=encoders.weights_of(encoders.sources)[0],
@@ -202,10 +203,10 @@ def extract(
 
 def _check_kind(wanted: Extraction, path: Path) -> None:
     if path.suffix not in WRITERS:
-        raise unknown("kind of store", path.suffix or path.name, WRITERS)
+        raise unknown_choice_error("kind of store", path.suffix or path.name, WRITERS)
     if wanted.dtype == "bfloat16" and path.suffix != ".safetensors":
         raise AfterimageError(
-            f"{shown(path)}: bfloat16 goes into .safetensors; {path.suffix} has float32 or float16"
+            f"{printable_path(path)}: bfloat16 goes into .safetensors; {path.suffix} has float32 or float16"
         )
 
 
@@ -228,7 +229,7 @@ def _shard(
                     image = part.ids[int(chunk[int(finite.logical_not().nonzero()[0])])]
                     raise AfterimageError(
                         f"the features of {spec.source} go beyond {wanted.dtype}'s largest number for image "
-                        f"{shown(image)}: take --dtype bfloat16 or float32"
+                        f"{printable_path(image)}: take --dtype bfloat16 or float32"
                     )
             place += len(chunk)
             loader.context.progress("extracting", done + place, total)

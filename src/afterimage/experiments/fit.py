@@ -10,12 +10,12 @@ from pathlib import Path
 from afterimage.config import NATIVE, DataConfig, DecoderConfig, RunConfig
 from afterimage.data.dataset import cache_folder, current_digests
 from afterimage.experiments.queue import train_runs
-from afterimage.models.encoders.providers import at_native_size, resolve
+from afterimage.models.encoders.providers import at_native_size, resolve_source
 from afterimage.models.reconstructor import MultiEncoder
 from afterimage.runs.run import Run
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
-FITTED = "linear"
+ON_DEMAND_DECODER = "linear"
 """Name of the decoder that is fitted on demand, in closed form, within seconds."""
 FIT_LIMITS = {"limit_train": 256, "limit_validation": 64, "limit_test": 16}
 """Limits of the images that fit this decoder, choose its ridge and score it, so that the wait stays short."""
@@ -29,7 +29,7 @@ def fit_run(
     lpips: str = "alex",
     cache: Path | None = None,
     device: str = "cpu",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Run:
     """Fit a decoder to one layer on demand, or return the run of an earlier, identical fit.
 
@@ -51,11 +51,11 @@ def fit_run(
     Raises:
         AfterimageError: the model, layer or source is unknown, or weights or images are not available
     """
-    source = resolve(source)
+    source = resolve_source(source)
     drawn = data.partition(":")[0] == "procedural"
     named = DataConfig(data, test="photographs" if drawn else "", **FIT_LIMITS)
     images = at_native_size(named.sized(NATIVE), [source])
-    config = RunConfig((source,), weights, decoder=DecoderConfig(FITTED), data=images, lpips=lpips)
+    config = RunConfig((source,), weights, decoder=DecoderConfig(ON_DEMAND_DECODER), data=images, lpips=lpips)
     # An unknown layer raises before any image is read.
     encoder = MultiEncoder(config.sources, weights=weights, image_size=images.size, seed=config.seed)
     digest, _ = current_digests(images, cache=cache, progress=progress)

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afterimage.config import AfterimageError, RunConfig, dump_toml, listed
-from afterimage.data.dataset import current_digests, load_data, load_test, prepare_image
-from afterimage.evaluation.evaluate import SEEN, Box, Evaluation, evaluate, summarise, to_uint8
+from afterimage.config import AfterimageError, RunConfig, dump_toml, join_names
+from afterimage.data.dataset import current_digests, load_data, load_test_images, prepare_image
+from afterimage.evaluation.evaluate import VISIBLE_SUFFIX, Box, Evaluation, evaluate, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import decoder_digest
-from afterimage.models.decoders.canvas import seen_box
+from afterimage.models.decoders.canvas import visible_box
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.weight_files import load_decoder
 from afterimage.runs.files import write_atomic, write_image
-from afterimage.runs.lock import held
+from afterimage.runs.lock import hold_lock
 from afterimage.runs.results import CONFIG, write_result
 from afterimage.runs.run import Run
-from afterimage.runtime.device import one_device
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.device import create_single_device_fabric
+from afterimage.runtime.terminal import Progress, no_progress
 from afterimage.training.checkpoint import load_reconstructor
 
 logger = logging.getLogger("afterimage")
@@ -67,7 +67,7 @@ def review_finished(
     *,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> None:
     """Warn of finished runs that would come out differently now, and measure the LPIPS that others lack.
 
@@ -91,7 +91,7 @@ def review_finished(
         except AfterimageError as error:
             unknown.setdefault(str(error), []).append(run.name)
     for error, names in unknown.items():
-        logger.warning("whether %s would come out the same now is not known: %s", listed(names), error)
+        logger.warning("whether %s would come out the same now is not known: %s", join_names(names), error)
 
 
 def measure_lpips(
@@ -100,7 +100,7 @@ def measure_lpips(
     *,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> bool:
     """Measure a finished run's LPIPS with another network, and store it in the run's folder; other scores stay.
 
@@ -119,17 +119,20 @@ def measure_lpips(
     if not metrics.lpips_status.available:
         return False
     progress(f"{run.name}: LPIPS ({net}) is measured", 1, 1)
-    with held(run.path, lambda text: progress(text, 1, 1)):
+    with hold_lock(run.path, lambda text: progress(text, 1, 1)):
         result = run.result
-        box = seen_box([layer.spec for layer in result.features], result.config.data.size)
-        device = one_device(accelerator).device
+        box = visible_box([layer.spec for layer in result.features], result.config.data.size)
+        device = create_single_device_fabric(accelerator).device
         found = evaluate_run(run, metrics, seen=box, cache=cache, device=device, progress=progress)
         rows = [
             row | {name: value for name, value in new.items() if name.startswith("lpips")}
             for row, new in zip(result.per_image, found.rows, strict=True)
         ]
         scores = {**result.scores, "lpips": summarise(rows)["lpips"]}
-        seen = result.scores_seen and {**result.scores_seen, "lpips": summarise(rows, SEEN)["lpips"]}
+        seen = result.scores_seen and {
+            **result.scores_seen,
+            "lpips": summarise(rows, VISIBLE_SUFFIX)["lpips"],
+        }
         changed = replace(
             result, lpips=metrics.lpips_status, scores=scores, scores_seen=seen, per_image=tuple(rows)
         )
@@ -147,7 +150,7 @@ def evaluate_run(
     cache: Path | None = None,
     seen: Box | None = None,
     device: str | torch.device = "cpu",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Measure a finished run's decoder on test images, in the precision of its training, as its own scores were.
 
@@ -174,15 +177,15 @@ def evaluate_run(
     if precision == "16-mixed" and torch.device(device).type == "cpu":
         progress("measured in float32: the run's own precision, 16-mixed, needs a GPU", 1, 1)
         precision = "32-true"
-    reconstruct = reconstruct_in(precision, run, weights=weights, device=device)
+    reconstruct = make_reconstruct_function(precision, run, weights=weights, device=device)
     if data.test:
-        images, _ = load_test(data, cache=cache, progress=progress)
+        images, _ = load_test_images(data, cache=cache, progress=progress)
     else:
         images = load_data(data, cache=cache, progress=progress).test
     return evaluate(reconstruct, images, metrics, seen=seen, device=device, progress=progress)
 
 
-def reconstruct_in(
+def make_reconstruct_function(
     precision: str, run: Run, *, weights: str | None = None, device: str | torch.device = "cpu"
 ) -> Callable[[Tensor], Tensor]:
     """Return a function that reconstructs images with a finished run, in a precision that its device has.
@@ -206,7 +209,7 @@ def reconstruct_in(
     return reconstruct
 
 
-class Rebuilt(NamedTuple):
+class ReconstructedImage(NamedTuple):
     """An image and its reconstruction.
 
     Attributes:
@@ -220,14 +223,14 @@ class Rebuilt(NamedTuple):
     scores: dict[str, float | None]
 
 
-def rebuild(
+def reconstruct_files(
     paths: Sequence[Path],
     run: Run,
     metrics: Metrics | None = None,
     *,
     weights: str | None = None,
     device: str = "cpu",
-) -> list[Rebuilt]:
+) -> list[ReconstructedImage]:
     """Reconstruct image files with a finished run; they are prepared like test images: resized, then centre-cropped.
 
     Args:
@@ -247,11 +250,11 @@ def rebuild(
         rebuilt = reconstructor.reconstruct(original.to(device)).to(original.device)
         measured = metrics(rebuilt, original) if metrics is not None else {}
         scores = {name: values and values[0] for name, values in measured.items()}
-        results.append(Rebuilt(to_uint8(original)[0], to_uint8(rebuilt)[0], scores))
+        results.append(ReconstructedImage(to_uint8(original)[0], to_uint8(rebuilt)[0], scores))
     return results
 
 
-def side_by_side(rebuilt: Rebuilt, output: Path, decoder: str) -> None:
+def write_side_by_side(rebuilt: ReconstructedImage, output: Path, decoder: str) -> None:
     """Write an image and its reconstruction side by side into a PNG file, without rescaling.
 
     Args:

@@ -11,26 +11,33 @@ from lightning_fabric import Fabric
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import (
-    SEEN,
+    VISIBLE_SUFFIX,
     Box,
     Evaluation,
     Reconstructed,
-    evaluate_together,
+    evaluate_batches,
     score_notes,
-    seen_notes,
     summarise,
+    visibility_notes,
 )
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.decoders import decoder_digest
-from afterimage.models.decoders.canvas import seen_box
+from afterimage.models.decoders.canvas import visible_box
 from afterimage.models.fusion import WeightMaps
 from afterimage.models.reconstructor import FeatureDecoder, build_feature_decoder
 from afterimage.models.weights import weight_notes
 from afterimage.runs.files import sha256
 from afterimage.runs.lock import Lock
 from afterimage.runs.results import Result, TrainingFacts
-from afterimage.runs.run import TRACEBACK, Run, environment, forget, record
-from afterimage.runtime.failures import ENCODERS, as_error, concerning, concerns, let_go, together
+from afterimage.runs.run import TRACEBACK, Run, environment, remove_traceback, write_failure
+from afterimage.runtime.failures import (
+    ENCODERS,
+    clear_error_frames,
+    error_scope,
+    run_all_or_each,
+    set_error_scope,
+    to_afterimage_error,
+)
 from afterimage.runtime.process import LockLost
 from afterimage.training.checkpoint import remove_checkpoint
 from afterimage.training.decoder_trainer import DecoderTrainer
@@ -62,16 +69,16 @@ class StudyContext(RunContext):
 
     def record_failure(self, run: Run, error: Exception) -> None:
         """Record an error in the run's folder, or raise it if it affects more than this run."""
-        if concerns(error):
+        if error_scope(error):
             raise error
         if isinstance(error, LockLost):
             # The process that took over the lock writes to the folder now.
             self.log(str(error))
             return
-        self.failures.append(as_error(error, run.name, run.file(TRACEBACK)))
+        self.failures.append(to_afterimage_error(error, run.name, run.file(TRACEBACK)))
         if self.ranks.is_main_process:
-            record(run, error)
-        let_go(error)
+            write_failure(run, error)
+        clear_error_frames(error)
 
 
 class JointRun:
@@ -103,7 +110,7 @@ class JointRun:
         self.first = next(iter(runs.values()))
         self.fabric = self._fabric()
         sources = list(dict.fromkeys(source for config in runs.values() for source in config.sources))
-        with concerning(ENCODERS):
+        with set_error_scope(ENCODERS):
             # The main process goes first: the others then find its downloads.
             self.encoders = self.ranks.main_process_first(
                 lambda: build_encoders(self.first, sources, progress=context.progress)
@@ -179,7 +186,7 @@ class JointRun:
         machine = {"device": str(self.fabric.device), "threads": torch.get_num_threads()}
         if self.ranks.is_main_process:
             run.remove_leftovers()
-            forget(run)
+            remove_traceback(run)
             run.set_state("running")
             run.save_environment(environment() | machine | {"ranks": self.ranks.count})
         if decoder.restore():
@@ -201,7 +208,7 @@ class JointRun:
             if not decoder.failed:  # one whose training failed is measured too, by its best weights so far
                 self.context.fail(decoder.run, error)
 
-        together(self._measure, saved, failed)
+        run_all_or_each(self._measure, saved, failed)
 
     def _measure(self, decoders: list[DecoderTrainer]) -> None:
         weighted = [d for d in decoders if d.model.fusion is not None and d.model.fusion.has_weights]
@@ -217,7 +224,7 @@ class JointRun:
                 yield indices, images, outputs
 
         with self.ranks.raise_on_all_ranks():
-            results = evaluate_together(
+            results = evaluate_batches(
                 reconstructions(),
                 self.data.test.ids,
                 self.metrics,
@@ -237,7 +244,7 @@ class JointRun:
 
     def _seen(self, decoder: DecoderTrainer) -> Box | None:
         """Return the part of images that a decoder's sources see; None if they see all of it."""
-        return seen_box([self.encoders.specs[i] for i in decoder.feature_indices], self.first.data.size)
+        return visible_box([self.encoders.specs[i] for i in decoder.feature_indices], self.first.data.size)
 
     def _write(self, decoder: DecoderTrainer, result: Evaluation, maps: WeightMaps | None) -> None:
         """Write a decoder's result, mark its run as done, and remove the checkpoints."""
@@ -250,7 +257,7 @@ class JointRun:
         if code := decoder.identity.get("code"):
             notes.append(f"{config.decoder.name} has the SHA-256 {code}")
         notes += decoder.model.decoder.remarks
-        notes += seen_notes(features, box, size, () if box is None else result.rows)
+        notes += visibility_notes(features, box, size, () if box is None else result.rows)
         notes += [*weight_notes(weights), *self.encoders.remarks_of(sources), *self.data.notes]
         training = TrainingFacts(
             parameters=decoder.parameters,
@@ -276,7 +283,7 @@ class JointRun:
             weights=tuple(weights),
             fusion_weights=() if maps is None else tuple(maps.means),
             training=training,
-            scores_seen=None if box is None else summarise(result.rows, SEEN),
+            scores_seen=None if box is None else summarise(result.rows, VISIBLE_SUFFIX),
             notes=(*notes, *score_notes(result.rows)),
         )
         self.context.check_lock(decoder.run)

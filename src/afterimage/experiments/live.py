@@ -33,9 +33,9 @@ from afterimage.training.checkpoint import load_reconstructor
 
 LENT = 0.005
 """Seconds after each pass of a search in which another thread may take the networks."""
-HEAT = 0.25
+HEATMAP_MAX = 0.25
 """Mean absolute colour difference of a pixel, in [0, 1], at which a heat map reaches its brightest colour."""
-KEPT = 4
+CACHE_SIZE = 4
 """Number of recent images, fitted defences of each source and learned errors that stay in memory, for each decoder."""
 
 
@@ -102,9 +102,9 @@ class LiveDecoder:
             f"{' + '.join('×'.join(map(str, spec.shape)) for spec in self.specs)} · {run.config.decoder.name}"
         )
         self.metrics = Metrics(lpips or run.lpips_net, size=min(self.data.size)).to(device)
-        self._encoded = lru_cache(KEPT)(self._encode)
-        self._defence = lru_cache(KEPT * len(self.specs))(self._fit_defence)
-        self._errors = lru_cache(KEPT)(self._learn_errors)
+        self._encoded = lru_cache(CACHE_SIZE)(self._encode)
+        self._defence = lru_cache(CACHE_SIZE * len(self.specs))(self._fit_defence)
+        self._errors = lru_cache(CACHE_SIZE)(self._learn_errors)
         self._networks = threading.Lock()  # held while they run, since they keep features meanwhile
 
     def show(self, state: LiveState, image: Path, second: Path) -> LiveView:
@@ -241,7 +241,7 @@ class LiveDecoder:
                 yield f"sent{which} as {text}"
 
 
-@lru_cache(KEPT)
+@lru_cache(CACHE_SIZE)
 def _prepared(path: Path, data: DataConfig, max_pixels: int) -> Tensor:
     """Load an image with `prepare_image`; errors give the file's name without its folder on the server."""
     try:
@@ -258,5 +258,5 @@ def _prepared(path: Path, data: DataConfig, max_pixels: int) -> Tensor:
 
 def _heat(difference: Tensor) -> np.ndarray:
     """Draw the mean absolute difference over colours, of one image `(1, 3, H, W)`, as a heat map `(H, W, 3)` uint8."""
-    share = difference[0].abs().mean(0).div(HEAT).clamp(0, 1).cpu().numpy()
+    share = difference[0].abs().mean(0).div(HEATMAP_MAX).clamp(0, 1).cpu().numpy()
     return matplotlib.colormaps["inferno"](share, bytes=True)[..., :3]

@@ -17,8 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 from afterimage.config import AfterimageError
-from afterimage.data.decode import cover, load_image
-from afterimage.experiments.live import HEAT, LiveDecoder, LiveView
+from afterimage.data.decode import load_image, resize_to_cover
+from afterimage.experiments.live import HEATMAP_MAX, LiveDecoder, LiveView
 from afterimage.experiments.live_state import CHANGES, OWN, LiveState, examples
 from afterimage.runs.results import METRICS
 
@@ -26,7 +26,7 @@ STEPS = (8, 64, 200)
 """Minimum, default and maximum number of passes of a refinement."""
 THUMBNAIL = 96
 """Side of an example's thumbnail in pixels."""
-UPLOADS = 3600
+UPLOAD_LIFETIME_SECONDS = 3600
 """Seconds after which uploaded files are deleted; also the interval of the check."""
 WAITING = (
     "<p>The images come here. If they do not, many visitors wait: choose an image again in a moment.</p>"
@@ -55,7 +55,11 @@ class LivePage:
 
     def build(self) -> gr.Blocks:
         """Build the page as Gradio blocks; `serve` opens it."""
-        with gr.Blocks(title="afterimage", analytics_enabled=False, delete_cache=(UPLOADS, UPLOADS)) as page:
+        with gr.Blocks(
+            title="afterimage",
+            analytics_enabled=False,
+            delete_cache=(UPLOAD_LIFETIME_SECONDS, UPLOAD_LIFETIME_SECONDS),
+        ) as page:
             gr.HTML(
                 "<h1>What is left of your image?</h1><p>Each image was rebuilt from the features of one layer and "
                 "nothing else. Images stay on the machine that serves this page, and are deleted after an hour.</p>",
@@ -217,7 +221,7 @@ class LivePage:
         return state, _file(state.image, first), _file(state.second, second)
 
 
-class _Pick(NamedTuple):
+class _ImagePicker(NamedTuple):
     """Components to choose an image: an upload area, a gallery of examples, and the name of the chosen image."""
 
     upload: gr.Image
@@ -225,7 +229,7 @@ class _Pick(NamedTuple):
     name: gr.State
 
 
-def _pick(label: str, name: str) -> _Pick:
+def _pick(label: str, name: str) -> _ImagePicker:
     upload = gr.Image(
         label=label,
         sources=["upload", "webcam", "clipboard"],
@@ -237,7 +241,7 @@ def _pick(label: str, name: str) -> _Pick:
     # Pass on the path of the unopened file: `LiveDecoder` opens it, with its own limits and error messages.
     upload.preprocess = lambda payload: payload and payload.path
     gallery = gr.Gallery(
-        [cover(load_image(path), THUMBNAIL) for path in examples().values()],
+        [resize_to_cover(load_image(path), THUMBNAIL) for path in examples().values()],
         label="Or one of these",
         columns=4,
         height="auto",
@@ -247,7 +251,7 @@ def _pick(label: str, name: str) -> _Pick:
         buttons=[],
         elem_id=f"examples-{name}",
     )
-    return _Pick(upload, gallery, gr.State(getattr(LiveState, name)))
+    return _ImagePicker(upload, gallery, gr.State(getattr(LiveState, name)))
 
 
 def _slider(name: str, *, maximum: int | None = None) -> gr.Slider:
@@ -292,7 +296,7 @@ def cards_html(views: Sequence[LiveView], state: LiveState) -> str:
     place |= {"width": max(0, state.right - state.left), "height": max(0, state.bottom - state.top_edge)}
     whole = place == {"left": 0, "top": 0, "width": 100, "height": 100}
     box = None if state.change == "none" or whole else place
-    return _template().render(views=views, box=box, heat=100 * HEAT, refined=None, metrics=METRICS)
+    return _template().render(views=views, box=box, heat=100 * HEATMAP_MAX, refined=None, metrics=METRICS)
 
 
 def refined_html(decoded: LiveView, refined: LiveView, step: int, steps: int) -> str:

@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 import torch
 from torch import Tensor
 
-from afterimage.config import AfterimageError, Axis, FeatureSpec, unknown
+from afterimage.config import AfterimageError, Axis, FeatureSpec, unknown_choice_error
 from afterimage.data.sources.sample_images import whole_photographs
 
 OWN = "own"
@@ -64,9 +64,9 @@ class LiveState:
     def __post_init__(self) -> None:
         for name in ("image", "second"):
             if getattr(self, name) not in (OWN, *examples()):
-                raise unknown(name, getattr(self, name), [OWN, *examples()])
+                raise unknown_choice_error(name, getattr(self, name), [OWN, *examples()])
         if self.change not in CHANGES:
-            raise unknown("change", self.change, CHANGES)
+            raise unknown_choice_error("change", self.change, CHANGES)
         for field in dataclasses.fields(self):
             value, (low, high) = getattr(self, field.name), field.metadata.get("range", (None, None))
             if low is not None and not low <= value <= high:  # false for NaN too
@@ -85,7 +85,7 @@ class LiveState:
             if name.startswith("__"):
                 continue
             if name not in known:
-                raise unknown("parameter of the link", name, known)
+                raise unknown_choice_error("parameter of the link", name, known)
             kind = type(known[name].default)
             try:
                 values[name] = kind(text)

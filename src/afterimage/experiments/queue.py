@@ -9,25 +9,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from afterimage.config import RANDOM_WEIGHTS, AfterimageError, DataConfig, RunConfig, listed
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, DataConfig, RunConfig, join_names
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
 from afterimage.experiments.inference import review_finished
 from afterimage.experiments.joint_run import JointRun, StudyContext
 from afterimage.models.encoders.providers import open_network
-from afterimage.runs.lock import POLL, Lock
-from afterimage.runs.run import TRACEBACK, Run, record, recorded_error
+from afterimage.runs.lock import POLL_SECONDS, Lock
+from afterimage.runs.run import TRACEBACK, Run, read_failure, write_failure
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup, distributed_context
 from afterimage.runtime.failures import (
     ENCODERS,
     EVERYTHING,
-    as_error,
-    concerns,
-    let_go,
-    of_caller,
+    clear_error_frames,
+    error_scope,
+    protect_callback,
+    to_afterimage_error,
 )
 from afterimage.runtime.process import GracefulShutdown, graceful_shutdown
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 from afterimage.training.checkpoint import remove_checkpoint
 from afterimage.training.feature_loader import CHECKPOINT_SECONDS
 
@@ -41,7 +41,7 @@ def train_runs(
     *,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     keep: int = 8,
     failures: list[AfterimageError] | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -74,7 +74,7 @@ def train_runs(
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     with distributed_context(accelerator) as ranks:
-        progress = of_caller(progress) if ranks.is_main_process else silent
+        progress = protect_callback(progress) if ranks.is_main_process else no_progress
         claims = RunQueue(lambda text: progress(text, 1, 1), ranks)
         runs = claims.open(configs, root)
         with ranks.raise_on_all_ranks():
@@ -103,7 +103,7 @@ def report_failures(found: Sequence[AfterimageError], failures: list[AfterimageE
         raise found[0]
 
 
-def _tidy(run: Run) -> None:
+def _clean_up(run: Run) -> None:
     """Remove locks, half-written files and checkpoints of a process that was killed right after it finished the run."""
     lock = Lock(run.path)
     with contextlib.suppress(AfterimageError):
@@ -113,7 +113,7 @@ def _tidy(run: Run) -> None:
             lock.release()
 
 
-def groups(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
+def group_runs(runs: Iterable[tuple[Key, RunConfig]]) -> list[dict[Key, RunConfig]]:
     """Group runs that can be trained together, in the order of their first run.
 
     The runs of a group share encoders or stored features, images, batches, seed and LPIPS network.
@@ -167,7 +167,7 @@ class RunQueue:
                 with self.isolate(run):
                     if Run.create(root, config).state == "done":
                         self.log(f"{config.name} is done already, nothing to do")
-                        _tidy(run)
+                        _clean_up(run)
                         self.finished[run] = config
                     else:
                         self.waiting[run] = config
@@ -179,9 +179,9 @@ class RunQueue:
         try:
             yield
         except Exception as error:
-            if concerns(error):
+            if error_scope(error):
                 raise
-            self.failures.append(as_error(error, run.name))
+            self.failures.append(to_afterimage_error(error, run.name))
             self.waiting.pop(run, None)
             if run in self.locks:
                 self.locks[run].release()
@@ -212,7 +212,7 @@ class RunQueue:
         del self.waiting[run]
         self.log(f"{run.name} is {state}, by another process")
         if state == "failed":
-            self.failures.append(recorded_error(run))
+            self.failures.append(read_failure(run))
         return False
 
     def heard(self, value: Heard) -> Heard:
@@ -227,13 +227,13 @@ class RunQueue:
     def fail(self, runs: Iterable[Run], error: Exception) -> None:
         """Record an error that ended all the given runs, except in folders whose lock was lost."""
         runs = [run for run in runs if not (run in self.locks and self.locks[run].lost)]
-        names = listed([run.name for run in runs]) or "a group of runs"
-        self.failures.append(as_error(error, names, runs[0].file(TRACEBACK) if runs else None))
+        names = join_names([run.name for run in runs]) or "a group of runs"
+        self.failures.append(to_afterimage_error(error, names, runs[0].file(TRACEBACK) if runs else None))
         for run in runs if self.ranks.is_main_process else ():
             with contextlib.suppress(Exception):
                 if run.state not in ("done", "failed"):
-                    record(run, error)
-        let_go(error)
+                    write_failure(run, error)
+        clear_error_frames(error)
 
     def mark(self, runs: Iterable[Run], state: str, **details: str) -> None:
         """Set the state of each given run that has not ended, if its folder can be written."""
@@ -259,7 +259,7 @@ class _Worker:
         """Train the runs that no other process is training, and wait for the others if `wait` is set."""
         waiting = self.claims.waiting
         while waiting:
-            split = groups(waiting.items())
+            split = group_runs(waiting.items())
             idle = True
             for number, group in enumerate(split, 1):
                 with self.claims.ranks.raise_on_all_ranks():
@@ -276,7 +276,7 @@ class _Worker:
             if waiting and idle:
                 if not wait:
                     return
-                time.sleep(POLL)
+                time.sleep(POLL_SECONDS)
 
     def _train(self, mine: dict[Run, RunConfig], stop: GracefulShutdown) -> None:
         ranks = self.claims.ranks
@@ -296,7 +296,7 @@ class _Worker:
                     ranks.main_process_first(lambda: check_weights(first.models, first.weights))
                 self._together(mine, lambda: self._data(first.data, stop), context)
         except BaseException as error:
-            if concerns(error) == EVERYTHING:
+            if error_scope(error) == EVERYTHING:
                 self.claims.mark((run for run in mine if run.state == "running"), "stopped")
                 raise
             self.claims.fail([run for run in mine if run not in context.ended], error)
@@ -318,10 +318,10 @@ class _Worker:
                 JointRun(mine, load_images, context, accelerator=self.accelerator, keep=self.keep).train()
             return
         except Exception as caught:
-            if concerns(caught) != ENCODERS:
+            if error_scope(caught) != ENCODERS:
                 raise
             error = caught
-        let_go(error)
+        clear_error_frames(error)
         left = {run: config for run, config in mine.items() if run not in context.ended}
         rows = list(dict.fromkeys(config.sources for config in left.values()))
         if len(rows) < 2:

@@ -17,21 +17,21 @@ from afterimage.config import (
     BaselineConfig,
     DataConfig,
     absolute_weights,
-    listed,
-    shown,
+    join_names,
+    printable_path,
 )
-from afterimage.data.dataset import load_data, load_test
+from afterimage.data.dataset import load_data, load_test_images
 from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.baselines import baseline
 from afterimage.evaluation.evaluate import evaluate, summarise
 from afterimage.evaluation.metrics import Metrics
-from afterimage.experiments.inference import reconstruct_in
+from afterimage.experiments.inference import make_reconstruct_function
 from afterimage.experiments.queue import check_weights
 from afterimage.runs.files import read_json, sha256
 from afterimage.runs.results import METRICS
 from afterimage.runs.run import Run, environment
-from afterimage.runtime.device import one_device
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.device import create_single_device_fabric
+from afterimage.runtime.terminal import Progress, no_progress
 from afterimage.training.stored_features import open_features
 
 TOLERANCE = {"psnr": 0.01, "ssim": 1e-4, "lpips": 1e-3}
@@ -43,7 +43,7 @@ SHOWN = 5
 
 
 @dataclass
-class Verdict:
+class Verification:
     """The outcome of measuring one run again.
 
     Attributes:
@@ -70,7 +70,7 @@ class Verdict:
         return not (self.problems or self.missing or self.skipped)
 
 
-class _Missing(AfterimageError):
+class _CannotMeasure(AfterimageError):
     """Error that a measurement lacks images, weights or files, which says nothing about the scores."""
 
 
@@ -80,8 +80,8 @@ def verify_runs(
     weights: str | None = None,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
-) -> list[Verdict]:
+    progress: Progress = no_progress,
+) -> list[Verification]:
     """Measure every run's decoder or baseline again on its own images, and compare the scores with the stored ones.
 
     Scores hold if every image's scores are within `TOLERANCE`. A run that cannot be measured, because it is not done or
@@ -96,12 +96,12 @@ def verify_runs(
         one verdict for each run, in order
     """
     load = functools.cache(functools.partial(_load, cache=cache, progress=progress))
-    verdicts = [Verdict(run) for run in runs]
+    verdicts = [Verification(run) for run in runs]
     for verdict in verdicts:
         progress(f"verifying {verdict.run.name}", 1, 1)
         try:
             _verify(verdict, load, weights, accelerator, progress)
-        except _Missing as error:
+        except _CannotMeasure as error:
             verdict.missing.append(str(error))
         except AfterimageError as error:
             verdict.problems.append(str(error))
@@ -111,7 +111,7 @@ def verify_runs(
 
 
 def _verify(
-    verdict: Verdict,
+    verdict: Verification,
     load: Callable[[DataConfig], tuple[ImageSet, Data | None, Sequence[str]]],
     weights: str | None,
     accelerator: str,
@@ -119,7 +119,7 @@ def _verify(
 ) -> None:
     run, changes = verdict.run, verdict.changes
     if run.state != "done":
-        raise _Missing(f"it is not finished (state: {run.state})")
+        raise _CannotMeasure(f"it is not finished (state: {run.state})")
     result = run.result
     if result.kind not in ("decoder", "baseline"):
         verdict.skipped = f"rows of kind {result.kind} are not measured again"
@@ -136,7 +136,7 @@ def _verify(
     if not run.name.endswith(config.digest[:8]):
         changes.append("the settings: config.toml is not the one that named the folder")
     if result.training and not decoder.exists():
-        raise _Missing(f"{decoder.name} is missing from the run's folder")
+        raise _CannotMeasure(f"{decoder.name} is missing from the run's folder")
     if result.training and result.training.decoder_sha256 != sha256(decoder):
         changes.append("the decoder: decoder.safetensors is not the one that was measured")
 
@@ -154,8 +154,8 @@ def _verify(
     if stored != here:
         known = set(here)
         lost = [one for one in stored if one not in known]
-        named = f"; missing: {listed(lost, SHOWN)}" if lost else ""
-        raise _Missing(
+        named = f"; missing: {join_names(lost, SHOWN)}" if lost else ""
+        raise _CannotMeasure(
             f"other test images: {len(stored)} were measured then, {len(here)} are here, or other ids{named}"
         )
 
@@ -168,14 +168,14 @@ def _verify(
         found = evaluate(baseline(config.baseline), test, metrics, progress=progress)
     else:
         try:
-            device = one_device(accelerator, config.recipe.precision).device
+            device = create_single_device_fabric(accelerator, config.recipe.precision).device
             if config.features is not None and not weights:
                 open_features(config.features, progress)
             else:
                 check_weights(config.models, absolute_weights(weights or config.weights))
         except AfterimageError as error:
-            raise _Missing(str(error)) from None
-        reconstruct = reconstruct_in(config.recipe.precision, run, weights=weights, device=device)
+            raise _CannotMeasure(str(error)) from None
+        reconstruct = make_reconstruct_function(config.recipe.precision, run, weights=weights, device=device)
         options = {"batch_size": config.recipe.batch_size, "device": device, "progress": progress}
         found = evaluate(reconstruct, test, metrics, **options)
     _compare(verdict, result.per_image, found.rows)
@@ -192,13 +192,13 @@ def _load(
         except AfterimageError:
             if not config.test:
                 raise
-        test, notes = load_test(config, cache=cache, progress=progress)
+        test, notes = load_test_images(config, cache=cache, progress=progress)
     except AfterimageError as error:
-        raise _Missing(str(error)) from None
+        raise _CannotMeasure(str(error)) from None
     return test, None, notes
 
 
-def _compare(verdict: Verdict, stored: Sequence[Mapping[str, Any]], rows: list[dict[str, Any]]) -> None:
+def _compare(verdict: Verification, stored: Sequence[Mapping[str, Any]], rows: list[dict[str, Any]]) -> None:
     """Add the largest difference of each metric to a verdict, and metrics that do not agree or are not available."""
     verdict.images = len(rows)
     for name in METRICS:
@@ -222,7 +222,7 @@ def _versions(run: Run) -> list[str]:
         before = read_json(run.file("environment.json"))
     versions = before.get("versions") if isinstance(before, dict) else None
     if not isinstance(versions, dict):
-        return [f"the environment: {shown(run.file('environment.json'))} holds no versions"]
+        return [f"the environment: {printable_path(run.file('environment.json'))} holds no versions"]
     now = environment() | {"threads": torch.get_num_threads()}
     pairs = {name: (before.get(name), now[name]) for name in ("python", "commit", "threads")}
     pairs |= {name: (versions.get(name), version) for name, version in now["versions"].items()}

@@ -30,14 +30,21 @@ from afterimage.evaluation.baselines import run_baselines
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments import queue
 from afterimage.models.decoders import Decoder, decoder_family
-from afterimage.models.encoders.providers import at_native_size, open_network, resolve
+from afterimage.models.encoders.providers import at_native_size, open_network, resolve_source
 from afterimage.models.encoders.tracing import trace
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run, is_done
 from afterimage.runtime.device import device_name
 from afterimage.runtime.distributed import distributed_context
-from afterimage.runtime.failures import as_error, collected, concerns, foreseen, of_caller, story
-from afterimage.runtime.terminal import Progress, printable, silent
+from afterimage.runtime.failures import (
+    collect_failures,
+    error_scope,
+    is_expected,
+    protect_callback,
+    to_afterimage_error,
+    traceback_text,
+)
+from afterimage.runtime.terminal import Progress, no_progress, printable
 
 FAILURES = "failures.txt"
 """Name of the file in a study's folder that lists the rows that gave no runs, with the errors."""
@@ -47,8 +54,8 @@ FindBounds = Callable[..., list[Run]]
 """A function that finds the measured bounds of runs, with the arguments of `find_bounds`."""
 
 
-def expand(
-    study: StudyConfig, progress: Progress = silent, failures: list[AfterimageError] | None = None
+def expand_study(
+    study: StudyConfig, progress: Progress = no_progress, failures: list[AfterimageError] | None = None
 ) -> list[RunConfig]:
     """Expand a study into its runs: resolve globs, pin the tags of models, search for weights.
 
@@ -64,7 +71,7 @@ def expand(
     Raises:
         AfterimageError: a source cannot be resolved, and `failures` is None
     """
-    progress = of_caller(progress)
+    progress = protect_callback(progress)
     rows = [RowConfig((source,)) for source in study.sources] + list(study.rows)
     # Unknown settings of a recipe raise before models and weights are searched.
     recipes = [
@@ -75,12 +82,12 @@ def expand(
     if lpips == "any":
         lpips = next((net for net in LPIPS_NETS if Metrics(net).lpips_status.available), LPIPS_NETS[0])
     for name in dict.fromkeys(decoder.name for row in rows for decoder in row.decoders or study.decoders):
-        if study.parameters is not None and not _in_sizes(name):
+        if study.parameters is not None and not _has_size_option(name):
             text = f"the {name} decoder has one size only, which it keeps beside {study.parameters:,}"
             progress(text, 1, 1)
 
     def sized(decoder: DecoderConfig) -> DecoderConfig:
-        if study.parameters is None or not _in_sizes(decoder.name):
+        if study.parameters is None or not _has_size_option(decoder.name):
             return decoder
         return replace(decoder, parameters=study.parameters)
 
@@ -120,9 +127,9 @@ def expand(
                         for seed in study.seeds
                     ]
             except Exception as error:
-                if failures is None or concerns(error):
+                if failures is None or error_scope(error):
                     raise
-                failures.append(as_error(error, f"the row {' + '.join(sources)}"))
+                failures.append(to_afterimage_error(error, f"the row {' + '.join(sources)}"))
     if study.controls:
         configs = with_matched_controls(configs, progress)
     return _unique(configs)
@@ -132,7 +139,7 @@ def _unique(configs: Sequence[RunConfig]) -> list[RunConfig]:
     return list({config.digest: config for config in configs}.values())
 
 
-def _in_sizes(name: str) -> bool:
+def _has_size_option(name: str) -> bool:
     """Return whether a decoder comes in sizes; True if it does not exist, which its run reports later."""
     family = _family(name)
     return family is None or family.size_option is not None
@@ -149,22 +156,22 @@ def _family(name: str) -> type[Decoder] | None:
 def _matches(source: str, size: tuple[int, int], progress: Progress) -> list[str]:
     model, layer = split_source(source)
     if not any(sign in layer for sign in "*?["):
-        return [resolve(source)]
+        return [resolve_source(source)]
     traced = trace(open_network(model), size)
     names = [found.layer for found in traced.list_layers()]
     if ended := traced.early_end:
         progress(f"WARNING: {ended}", 1, 1)
-    matches = [resolve(f"{model}:{name}") for name in names if fnmatch.fnmatchcase(name, layer)]
+    matches = [resolve_source(f"{model}:{name}") for name in names if fnmatch.fnmatchcase(name, layer)]
     if not matches and not any(sign in layer for sign in "*?"):
         traced.layer(layer)  # brackets may select one of several tensors: output[features]
-        return [resolve(source)]
+        return [resolve_source(source)]
     if not matches:
         raise AfterimageError(f"{source!r} matches no layer of {model}. Layers: {', '.join(names)}")
     return matches
 
 
 @dataclass(frozen=True)
-class Part:
+class StudyShard:
     """One part of a study: every `count`-th group of runs that are trained together. Baselines belong to part 1.
 
     Attributes:
@@ -176,7 +183,7 @@ class Part:
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> Part:
+    def parse(cls, text: str) -> StudyShard:
         """Parse `2/5`, the second part of five.
 
         Raises:
@@ -195,8 +202,8 @@ class Part:
 
 
 def study_groups(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Group the runs that are trained together (see `queue.groups`), in the study's order."""
-    return [list(group.values()) for group in queue.groups((config.digest, config) for config in configs)]
+    """Group the runs that are trained together (see `queue.group_runs`), in the study's order."""
+    return [list(group.values()) for group in queue.group_runs((config.digest, config) for config in configs)]
 
 
 def run_study(
@@ -205,10 +212,10 @@ def run_study(
     *,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     train: Train | None = None,
     bounds: FindBounds | None = None,
-    part: Part = Part(),
+    part: StudyShard = StudyShard(),
 ) -> tuple[list[Run], list[AfterimageError]]:
     """Run everything in a study that is not done yet.
 
@@ -233,10 +240,10 @@ def run_study(
     runs: list[Run] = []
 
     with distributed_context(accelerator) as ranks:
-        progress = of_caller(progress) if ranks.is_main_process else silent
+        progress = protect_callback(progress) if ranks.is_main_process else no_progress
         unresolved: list[AfterimageError] = []
         with ranks.raise_on_all_ranks():
-            configs = expand(study, progress, unresolved) if ranks.is_main_process else []
+            configs = expand_study(study, progress, unresolved) if ranks.is_main_process else []
         configs = ranks.broadcast(configs)
         if part.number == 1:  # part 1 reports the rows that gave no runs, which belong to no part
             failures += unresolved
@@ -246,7 +253,7 @@ def run_study(
                 _write_failures(Path(root) / FAILURES, unresolved)
             if ranks.is_main_process and study.baselines and part.number == 1 and configs:
                 options = {"lpips": configs[0].lpips, "cache": cache, "progress": progress}
-                with collected(failures, "the baselines"):
+                with collect_failures(failures, "the baselines"):
                     for data in dict.fromkeys(config.data for config in configs):
                         runs += run_baselines(data, root, keep=study.keep, failures=failures, **options)
         settings = {"cache": cache, "accelerator": accelerator, "progress": progress}
@@ -257,7 +264,7 @@ def run_study(
             if ranks.is_main_process:
                 done = [run for run in trained if is_done(run)]
                 if study.controls:
-                    with collected(failures, "the controls"):
+                    with collect_failures(failures, "the controls"):
                         failures += run_controls(done, **settings)
                 if study.invert:
                     runs += (bounds or find_bounds)(done, study, root, failures, **settings)
@@ -273,7 +280,7 @@ def find_bounds(
     *,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> list[Run]:
     """Find the measured bound of each run: refine its decoder's reconstructions of its first test images.
 
@@ -294,7 +301,7 @@ def find_bounds(
     device, found = device_name(accelerator), []
     inputs: dict[DataConfig, InversionInputs] = {}
     for run in runs:
-        with collected(failures, f"the measured bound of {run.name}"):
+        with collect_failures(failures, f"the measured bound of {run.name}"):
             few = run.config.data.limit_test
             data = replace(run.config.data, limit_test=min(study.invert, few or study.invert))
             if data not in inputs:
@@ -309,23 +316,26 @@ def find_bounds(
 
 def _write_failures(path: Path, failures: Sequence[AfterimageError]) -> None:
     """Write the errors of rows that gave no runs, with tracebacks of unexpected ones; without any, remove the file."""
-    parts = [printable(f"{error}\n") + ("" if foreseen(error) else f"\n{story(error)}") for error in failures]
+    parts = [
+        printable(f"{error}\n") + ("" if is_expected(error) else f"\n{traceback_text(error)}")
+        for error in failures
+    ]
     if parts:
         write_atomic(path, "\n".join(parts))
     else:
         path.unlink(missing_ok=True)
 
 
-def perceptual(net: str) -> str:
+def perceptual_loss(net: str) -> str:
     """Return the published study's second loss, half MSE and half LPIPS, with the given LPIPS network."""
     return "0.5*mse + 0.5*lpips" + ("" if net == "alex" else f":{net}")
 
 
-def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = silent) -> list[RunConfig]:
+def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = no_progress) -> list[RunConfig]:
     """Return the runs, each followed by its matched controls, without duplicates.
 
     A run on trained weights gets a control with `random` weights, whose residual blocks act. A run that is trained by
-    gradient descent with the loss `mse` gets a control with the loss `perceptual`, unless the weights of its LPIPS
+    gradient descent with the loss `mse` gets a control with the loss `perceptual_loss`, unless the weights of its LPIPS
     network are not available, which `progress` reports. A closed form minimises the squared error only, so it has no
     control of the second kind.
     """
@@ -350,5 +360,5 @@ def with_matched_controls(configs: Sequence[RunConfig], progress: Progress = sil
             and family.trainable
             and has_lpips(config.lpips)
         ):
-            found.append(replace(config, recipe=replace(config.recipe, loss=perceptual(config.lpips))))
+            found.append(replace(config, recipe=replace(config.recipe, loss=perceptual_loss(config.lpips))))
     return _unique(found)

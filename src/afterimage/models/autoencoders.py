@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, first_line, listed, split_provider
+from afterimage.config import AfterimageError, first_line, join_names, split_provider
 from afterimage.models.factories import library, quiet
 from afterimage.models.weights import Weights, search_weights
-from afterimage.runtime.hub import CONFIG, named_config
+from afterimage.runtime.hub import CONFIG, read_config
 
 NORMALISES = ("AutoencoderRAE",)
 """Classes of autoencoders that take and return images in [0, 1] and normalise latents themselves. All others
@@ -44,8 +44,8 @@ class Autoencoder:
                 not hold an autoencoder of images
         """
         diffusers = library("diffusers")
-        repository, folder = _place(name)
-        config = named_config(repository, (f"{folder}{CONFIG}",))
+        repository, folder = _split_repository(name)
+        config = read_config(repository, (f"{folder}{CONFIG}",))
         asked = str(config.get("_class_name"))
         kind = getattr(diffusers, asked, None) if asked.startswith(("Autoencoder", "VQModel")) else None
         if kind is None:
@@ -71,7 +71,7 @@ class Autoencoder:
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         """Find the autoencoder's weight file."""
-        repository, folder = _place(self.name)
+        repository, folder = _split_repository(self.name)
         stem = f"{folder}diffusion_pytorch_model"
         files = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
         return search_weights(self.name, weights, [stem], repository, files)
@@ -102,11 +102,11 @@ class Autoencoder:
         except Exception as error:
             raise AfterimageError(f"{weights.file} does not fit {self.name}: {first_line(error)}") from None
         if missing := sorted(told["missing_keys"]):
-            raise AfterimageError(f"{weights.file} lacks {listed(missing)} of {self.name}")
+            raise AfterimageError(f"{weights.file} lacks {join_names(missing)} of {self.name}")
         return module.eval()
 
 
-class ToLatents(nn.Module):
+class LatentEncoder(nn.Module):
     """The encoder of an autoencoder: images to latents, normalised as a diffusion model expects them.
 
     Args:
@@ -143,7 +143,7 @@ class ToLatents(nn.Module):
         return own._normalize_latents(tokens.mT.unflatten(2, cells)) * config.scaling_factor
 
 
-class FromLatents(nn.Module):
+class LatentDecoder(nn.Module):
     """The decoder of an autoencoder: latents to images.
 
     Args:
@@ -190,7 +190,7 @@ def _without(autoencoder: nn.Module, *parts: str) -> nn.Module:
     return autoencoder
 
 
-def _place(name: str) -> tuple[str, str]:
+def _split_repository(name: str) -> tuple[str, str]:
     """Return the repository with its revision (or a folder), and the subfolder with a slash at its end."""
     where = split_provider(name)[1]
     if Path(where).is_absolute():

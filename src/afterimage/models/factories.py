@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from afterimage.config import AfterimageError, first_line, local_path, split_provider, unknown
+from afterimage.config import AfterimageError, first_line, local_path, split_provider, unknown_choice_error
 from afterimage.runs.files import sha256
 
 
@@ -66,7 +66,7 @@ def call_factory(text: str, *arguments: Any, **options: Any) -> nn.Module:
         factory: Callable[..., Any] | None = getattr(module, name, None)
         if factory is None:
             names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-            raise unknown(f"factory in {where}", name, names)
+            raise unknown_choice_error(f"factory in {where}", name, names)
         made = factory(*arguments, **options)
     except AfterimageError:
         raise

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, check_choice, listed
+from afterimage.config import AfterimageError, Axis, FeatureSpec, FusionConfig, check_choice, join_names
 from afterimage.models.decoders.base import ClosedForm
-from afterimage.models.decoders.canvas import Canvas, Span, seen_box
+from afterimage.models.decoders.canvas import Canvas, Span, visible_box
 from afterimage.models.decoders.linear import LinearDecoder
 from afterimage.models.layers.blocks import pixel_unshuffle, resize
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
@@ -31,7 +31,7 @@ def fused_spec(
     all pixels that any input map sees.
     """
     finest = max(specs, key=lambda spec: spec.locations)
-    seen = seen_box(specs, image_size) or tuple((0, length) for length in image_size)
+    seen = visible_box(specs, image_size) or tuple((0, length) for length in image_size)
     cells = (finest.height, finest.width)
     axes = [
         None if axis is None else Axis(axis.start, axis.stride * own / count, *ends)
@@ -287,7 +287,7 @@ class SumFusion(Fusion):
         if len({spec.channels for spec in specs}) > 1:
             shapes = [f"{spec.source} is {'x'.join(map(str, spec.shape))}" for spec in specs]
             raise AfterimageError(
-                f"a sum needs layers with one number of channels: {listed(shapes)}; fusions that take any: "
+                f"a sum needs layers with one number of channels: {join_names(shapes)}; fusions that take any: "
                 + ", ".join(name for name, cls in FUSIONS.items() if cls is not SumFusion)
             )
         super().__init__(specs, specs[0].channels, *sizes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from afterimage.config import AfterimageError, first_line, listed
+from afterimage.config import AfterimageError, first_line, join_names
 from afterimage.runs.files import sha256
 from afterimage.runs.repository import (
     CARD,
@@ -24,7 +24,7 @@ from afterimage.runs.repository import (
     check_shareable,
 )
 from afterimage.runs.run import Run
-from afterimage.runtime.hub import Unavailable, ask_soon, busy, cached, download
+from afterimage.runtime.hub import Unavailable, call_with_timeout, download, explain_unavailable, find_cached
 
 SPELLING = (
     "hub:USER/NAME, of a repository with several decoders hub:USER/NAME/DECODER, with @REVISION if need be"
@@ -90,14 +90,14 @@ def _pull(address: str, revision: str | None, *, every: bool) -> list[PulledRun]
             raise AfterimageError(f"{MANIFEST}: {error}") from None
         several = every and not wanted and len(manifest.decoders) > 1
         names = manifest.decoders if several else [wanted]
-        return [_pulled(repository, file.parent.name, manifest, name) for name in names]
+        return [_pull_decoder(repository, file.parent.name, manifest, name) for name in names]
     except Unavailable as reason:
         raise AfterimageError(f"cannot get {PREFIX}{repository}: {reason}") from None
     except AfterimageError as error:
         raise AfterimageError(f"{PREFIX}{repository} is refused: {error}") from None
 
 
-def _pulled(repository: str, commit: str, manifest: Manifest, name: str) -> PulledRun:
+def _pull_decoder(repository: str, commit: str, manifest: Manifest, name: str) -> PulledRun:
     """Download and check one decoder; an empty `name` means the only one."""
     decoder = manifest.choose(name)
     _check_card(_fetch(repository, commit, CARD), decoder)
@@ -159,7 +159,7 @@ def _fetch(repository: str, revision: str | None, name: str, kind: str = "model"
 
     offline = constants.HF_HUB_OFFLINE
     if (offline or _COMMIT.fullmatch(revision or "")) and (
-        file := cached(repository, revision, [name], kind)
+        file := find_cached(repository, revision, [name], kind)
     ):
         return file
     if offline:
@@ -208,7 +208,7 @@ def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False
     api = HfApi()
     try:
         options = {"private": private or None, "space_sdk": "gradio" if kind == "space" else None}
-        ask_soon(lambda: api.create_repo(repository, repo_type=kind, exist_ok=True, **options))
+        call_with_timeout(lambda: api.create_repo(repository, repo_type=kind, exist_ok=True, **options))
         _check_empty(set(api.list_repo_files(repository, repo_type=kind)), repository, kind)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         return api.create_commit(repository, operations, commit_message="From afterimage", repo_type=kind).oid
@@ -216,10 +216,10 @@ def upload(files: Mapping[str, bytes], repository: str, *, private: bool = False
         raise
     except Exception as error:
         where = f"cannot push to {repository} at {constants.ENDPOINT}"
-        raise AfterimageError(f"{where}: {_refused(error)}") from None
+        raise AfterimageError(f"{where}: {_explain_error(error)}") from None
 
 
-def collect(title: str, repository: str, kinds: Sequence[str], *, private: bool = False) -> str:
+def add_to_collection(title: str, repository: str, kinds: Sequence[str], *, private: bool = False) -> str:
     """Add repositories of one name to a collection of their owner, which is created if it does not exist.
 
     Args:
@@ -243,7 +243,7 @@ def collect(title: str, repository: str, kinds: Sequence[str], *, private: bool 
             api.add_collection_item(found.slug, repository, kind, exists_ok=True)
     except Exception as error:
         where = f"cannot put {repository} into the collection {title!r:.200} at {constants.ENDPOINT}"
-        raise AfterimageError(f"{where}: {_refused(error)}") from None
+        raise AfterimageError(f"{where}: {_explain_error(error)}") from None
     return found.url
 
 
@@ -259,14 +259,14 @@ def _check_empty(names: set[str], repository: str, kind: str) -> None:
             Manifest.parse(download(repository, None, [MANIFEST]).read_bytes())
         elif others := sorted(names - made_with_it):
             missing = {"model": MANIFEST, "dataset": TABLE, "space": f"wheel of {LIBRARY}"}[kind]
-            raise AfterimageError(f"it has {listed(others)}, and no {missing}")
+            raise AfterimageError(f"it has {join_names(others)}, and no {missing}")
     except (AfterimageError, Unavailable) as error:
         raise AfterimageError(
             f"{repository} holds something else than what {LIBRARY} pushes ({error}): name another repository"
         ) from None
 
 
-def _refused(error: Exception) -> str:
+def _explain_error(error: Exception) -> str:
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
@@ -278,4 +278,4 @@ def _refused(error: Exception) -> str:
     if status in (401, 403):
         have = "your token may not write there" if get_token() else "you are not logged in"
         return f"{have} ({status}): log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
-    return busy(status, response.headers.get) or f"{status}, {first_line(error)}"
+    return explain_unavailable(status, response.headers.get) or f"{status}, {first_line(error)}"

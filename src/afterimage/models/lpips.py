@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from afterimage.config import LPIPS_SMALLEST, AfterimageError, check_choice, listed
+from afterimage.config import LPIPS_MIN_SIDE, AfterimageError, check_choice, join_names
 from afterimage.models.weight_files import read_named_tensors
-from afterimage.models.weights import FOLDER, Weights, best_match, search_weights
+from afterimage.models.weights import WEIGHTS_VARIABLE, Weights, best_match, search_weights
 
 Images = Float[Tensor, "batch 3 height width"]
 
@@ -67,7 +67,7 @@ class LPIPS(nn.Module):
         Raises:
             AfterimageError: the images are too small for the network
         """
-        smallest = LPIPS_SMALLEST[self.net]
+        smallest = LPIPS_MIN_SIDE[self.net]
         if min(images.shape[-2:]) < smallest:
             size = "x".join(map(str, images.shape[-2:]))
             raise AfterimageError(
@@ -130,9 +130,8 @@ def find_lpips_weights(net: str, weights: str | Path = "pretrained") -> Weights:
     name = BACKBONES[net][0]
     stem, url = f"{name}.torchvision", get_model_weights(name).IMAGENET1K_V1.url
     # No command has an option for these weights: --weights is for the encoder's.
-    advice = (
-        f"set {FOLDER} to a folder with {stem}.safetensors or {stem}.pth, or another network with --lpips"
-    )
+    files = f"{stem}.safetensors or {stem}.pth"
+    advice = f"set {WEIGHTS_VARIABLE} to a folder with {files}, or choose another network with --lpips"
     return search_weights(f"torchvision/{name}", weights, [stem], url=url, advice=advice)
 
 
@@ -146,7 +145,7 @@ def _layers(net: str, count: int, file: Path) -> nn.Sequential:
     own = {f"features.{key}": value for key, value in layers.state_dict().items()}
     match, _ = best_match(read_named_tensors(file), own, [(key,) for key in own], dict)
     if match.missing:
-        raise AfterimageError(f"{file} lacks {listed(match.missing)}, which LPIPS needs of {name}")
+        raise AfterimageError(f"{file} lacks {join_names(match.missing)}, which LPIPS needs of {name}")
     for key, value in own.items():
         if match.state[key].shape != value.shape:
             shapes = f"{tuple(match.state[key].shape)}, expected {tuple(value.shape)}"

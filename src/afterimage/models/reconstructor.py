@@ -11,21 +11,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from afterimage.config import AfterimageError, FeatureSpec, RunConfig, shown, split_source
+from afterimage.config import AfterimageError, FeatureSpec, RunConfig, printable_path, split_source
 from afterimage.models.decoders import Decoder, create_decoder, decoder_digest
 from afterimage.models.decoders.base import ClosedForm, FeatureCrop
-from afterimage.models.decoders.own import OwnDecoder
+from afterimage.models.decoders.own import CustomDecoder
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.providers import resolve
+from afterimage.models.encoders.providers import resolve_source
 from afterimage.models.fusion import FUSIONS, Fusion, create_fusion
 from afterimage.models.hub import pull
 from afterimage.models.weight_files import load_decoder
 from afterimage.runs.repository import PREFIX
-from afterimage.runs.results import FeatureMap, UsedWeights
+from afterimage.runs.results import FeatureMap, WeightsRecord
 from afterimage.runs.run import Run
 
 
-class Encoders(nn.Module, ABC):
+class FeatureSource(nn.Module, ABC):
     """Source of features for decoders: frozen networks, or stored features.
 
     Attributes:
@@ -44,7 +44,7 @@ class Encoders(nn.Module, ABC):
         """Return the description of every source's features, in order (see `Encoder.describe`)."""
 
     @abstractmethod
-    def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
+    def weights_of(self, sources: Sequence[str]) -> list[WeightsRecord]:
         """Return the origin of the weights behind `sources`, one entry per network."""
 
     @abstractmethod
@@ -60,7 +60,7 @@ class Encoders(nn.Module, ABC):
         return self.sources.index(source)
 
 
-class MultiEncoder(Encoders):
+class MultiEncoder(FeatureSource):
     """Frozen encoders for any number of sources; each network runs once, up to its deepest layer in use.
 
     Args:
@@ -83,7 +83,7 @@ class MultiEncoder(Encoders):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        sources = [resolve(source) for source in sources]
+        sources = [resolve_source(source) for source in sources]
         layers: dict[str, list[str]] = {}
         for source in sources:
             model, layer = split_source(source)
@@ -99,13 +99,13 @@ class MultiEncoder(Encoders):
 
     def index(self, source: str) -> int:
         """Return the index of a source in `sources`; the model's tag may be left out."""
-        return self.sources.index(resolve(source))
+        return self.sources.index(resolve_source(source))
 
     def describe(self) -> list[FeatureMap]:
         entries = [entry for encoder in self.encoders for entry in encoder.describe()]
         return [entries[i] for i in self._order]
 
-    def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
+    def weights_of(self, sources: Sequence[str]) -> list[WeightsRecord]:
         used = set(sources)
         return [e.weights.used for e in self.encoders if used.intersection(e.sources)]
 
@@ -123,7 +123,7 @@ class MultiEncoder(Encoders):
         return [features[i] for i in self._order]
 
 
-def no_maps(specs: Sequence[FeatureSpec], device: torch.device) -> list[Tensor]:
+def empty_features(specs: Sequence[FeatureSpec], device: torch.device) -> list[Tensor]:
     """Return empty feature maps `(0, C, h, w)`, which some networks cannot make from an empty batch."""
     return [torch.zeros(0, *spec.shape, device=device) for spec in specs]
 
@@ -175,7 +175,7 @@ class FeatureDecoder(nn.Module):
         """Show a batch to one of `closed_forms`: the features to a fusion, fused features to a decoder."""
         given = features
         if part is not self.fusion:
-            given = self.fuse(features) if len(images) else no_maps([self.decoder.spec], images.device)
+            given = self.fuse(features) if len(images) else empty_features([self.decoder.spec], images.device)
         part.partial_fit(given, images, validation=validation)
 
     def macs(self, specs: Sequence[FeatureSpec]) -> int:
@@ -188,7 +188,7 @@ class FeatureDecoder(nn.Module):
         try:
             return self._count(shapes, specs)
         except Exception:
-            if not isinstance(self.decoder, OwnDecoder):
+            if not isinstance(self.decoder, CustomDecoder):
                 raise
             return self._count(tensors, specs)  # it also holds tensors that are not registered
         finally:
@@ -245,7 +245,7 @@ class Reconstructor(nn.Module):
         origin: origin of the decoder: a run folder, or `hub:USER/NAME@COMMIT`; empty for a new one
     """
 
-    def __init__(self, encoders: Encoder | Encoders, decoder: Decoder | FeatureDecoder) -> None:
+    def __init__(self, encoders: Encoder | FeatureSource, decoder: Decoder | FeatureDecoder) -> None:
         super().__init__()
         self.origin = ""
         self.encoders = encoders
@@ -285,10 +285,12 @@ class Reconstructor(nn.Module):
         run = Run.open(name) if is_folder else pull(str(name), revision=revision)
         config, given = run.config, weights or run.config.weights
         size = config.data.size
-        return restore(run, MultiEncoder(config.sources, weights=given, image_size=size, seed=config.seed))
+        return load_trained_decoder(
+            run, MultiEncoder(config.sources, weights=given, image_size=size, seed=config.seed)
+        )
 
 
-def restore(run: Run, encoders: Encoders) -> Reconstructor:
+def load_trained_decoder(run: Run, encoders: FeatureSource) -> Reconstructor:
     """Combine a finished run's decoder with encoders, in evaluation mode.
 
     Args:
@@ -311,7 +313,7 @@ def restore(run: Run, encoders: Encoders) -> Reconstructor:
         model = build_feature_decoder(config, encoders.specs)
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise AfterimageError(f"cannot load {shown(path)}: {error}") from None
+        raise AfterimageError(f"cannot load {printable_path(path)}: {error}") from None
     loaded = Reconstructor(encoders, model).eval()
     loaded.origin = run.origin
     return loaded

@@ -2,8 +2,8 @@
 
 A pickle is a list of instructions, which build containers, numbers and text, and call what the file names. Here
 every name gives a stand-in of this module: for the functions that rebuild tensors and arrays one that does so, for
-any other class or function an `Inert` placeholder that does nothing. A checkpoint may thus hold settings and
-optimizer states of any type beside its tensors.
+any other class or function a `PlaceholderObject` that does nothing. A checkpoint may thus hold settings and optimizer
+states of any type beside its tensors.
 
 `torch.load(weights_only=True)` refuses a whole file because of one such object, for example the
 `argparse.Namespace` or NumPy number that most training scripts store, and reads no pickled arrays.
@@ -30,7 +30,7 @@ from afterimage.config import utf8_path
 
 MAGIC = 0x1950A86A20F9469CFC6C
 """Number at the start of each file that torch.save wrote before torch 1.6."""
-CODE = frozenset(
+DANGEROUS_NAMES = frozenset(
     ["os", "posix", "nt", "sys", "subprocess", "importlib", "runpy", "pty", "ctypes", "socket", "shutil", "code"]
     + [f"{module}.{name}" for module in ("builtins", "__builtin__")
        for name in ("eval", "exec", "execfile", "compile", "open", "input", "breakpoint", "__import__", "apply")]
@@ -49,15 +49,15 @@ STORAGES |= dict.fromkeys(("UntypedStorage", "_UntypedStorage"), torch.uint8)
 """Data types of torch's storage classes."""
 
 
-class Damaged(Exception):
+class CorruptFileError(Exception):
     """Error for a file whose content does not match its beginning; the message says how."""
 
 
-class HoldsCode(Exception):
+class UnsafePickleError(Exception):
     """Error for a file that names something that runs commands; the message is that name."""
 
 
-class Inert(dict):
+class PlaceholderObject(dict):
     """Placeholder for an object of an unknown type, whose name is `kind`, with the items that were set on it.
 
     The parameters, buffers and children of a pickled `nn.Module` become its items, so that tensors have the
@@ -67,13 +67,13 @@ class Inert(dict):
     kind = ""
     is_module = False
 
-    def __new__(cls, *_: Any, **__: Any) -> Inert:
+    def __new__(cls, *_: Any, **__: Any) -> PlaceholderObject:
         return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
-    def __call__(self, *_: Any) -> Inert:
+    def __call__(self, *_: Any) -> PlaceholderObject:
         return type(self)()
 
     __hash__ = object.__hash__  # an object may be a key or a member of a set
@@ -122,7 +122,7 @@ class Storage(NamedTuple):
     dtype: torch.dtype
 
 
-class Stored:
+class DeferredTensor:
     """A tensor, or a NumPy array, whose content follows later in the pickle; None if it is none of numbers."""
 
     kind = "Tensor"
@@ -150,35 +150,35 @@ class _Dtype:
         return np.dtype(("=" if self.order == "|" else self.order) + self.code)
 
 
-def _from_bytes(content: Any, dtype: Any, shape: Any, order: Any = "C") -> Stored:
+def _from_bytes(content: Any, dtype: Any, shape: Any, order: Any = "C") -> DeferredTensor:
     """Rebuild an array of numbers; one of text or objects has no tensor."""
     content = content.encode("latin1") if isinstance(content, str) else content
     found = dtype.find() if isinstance(dtype, _Dtype) else None
     if found is None or not isinstance(content, (bytes, bytearray)):
-        return Stored()
+        return DeferredTensor()
     array = np.frombuffer(content, found).reshape(shape, order="F" if order == "F" else "C")
-    return Stored(torch.from_numpy(array.astype(found.newbyteorder("="), order="C")))
+    return DeferredTensor(torch.from_numpy(array.astype(found.newbyteorder("="), order="C")))
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Stored:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> DeferredTensor:
     """Rebuild a tensor; lazily negated or conjugated ones, marked at the end of `rest`, are left out."""
     if not isinstance(storage, Storage) or (len(rest) > 2 and rest[2]):
-        return Stored()
+        return DeferredTensor()
     shape, steps, start = tuple(map(int, size)), tuple(map(int, stride)), int(offset)
     # torch would silently enlarge some storages if a tensor needs more values than they have.
     end = start + sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + 1
     if min((start, *shape, *steps)) < 0 or (
         0 not in shape and end * storage.dtype.itemsize > storage.untyped.nbytes()
     ):
-        raise Damaged("one of its tensors is larger than what is stored of it")
-    return Stored(torch.empty((0,), dtype=storage.dtype).set_(storage.untyped, start, shape, steps))
+        raise CorruptFileError("one of its tensors is larger than what is stored of it")
+    return DeferredTensor(torch.empty((0,), dtype=storage.dtype).set_(storage.untyped, start, shape, steps))
 
 
 def _tensor_as(
     storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
-) -> Stored:
+) -> DeferredTensor:
     if not isinstance(storage, Storage) or dtype not in DTYPES.values():
-        return Stored()
+        return DeferredTensor()
     return _tensor(Storage(storage.untyped, dtype), offset, size, stride, grad, hooks, *rest)
 
 
@@ -196,7 +196,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, *_: function(*arguments),
     "torch.storage._load_from_bytes": lambda content: read_stream(io.BytesIO(content), len(content)),
     "numpy.dtype": _Dtype,
-    "numpy.core.multiarray._reconstruct": lambda *_: Stored(),
+    "numpy.core.multiarray._reconstruct": lambda *_: DeferredTensor(),
     "numpy.core.numeric._frombuffer": _from_bytes,
     **dict.fromkeys(("builtins.dict", "__builtin__.dict"), Items),
     **dict.fromkeys(("builtins.set", "__builtin__.set"), lambda items=(): set(items)),
@@ -222,17 +222,17 @@ class Reader(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
-        if full in CODE or module.partition(".")[0] in CODE:
-            raise HoldsCode(full)
+        if full in DANGEROUS_NAMES or module.partition(".")[0] in DANGEROUS_NAMES:
+            raise UnsafePickleError(full)
         if full in DTYPES:
             return DTYPES[full]
         if full in BUILDERS:
             return type(full, (Function,), {"build": staticmethod(BUILDERS[full])})
-        return type(full, (Inert,), {"kind": full})
+        return type(full, (PlaceholderObject,), {"kind": full})
 
     def persistent_load(self, key: Any) -> Any:
         if self.persistent is None:
-            raise Damaged("it refers to tensors that another file holds")
+            raise CorruptFileError("it refers to tensors that another file holds")
         return self.persistent(key)
 
     def load_bytearray8(self) -> None:
@@ -245,14 +245,14 @@ class Reader(pickle._Unpickler):
 def _storage_type(named: Any) -> torch.dtype:
     name = str(getattr(named, "kind", named)).rpartition(".")[2]
     if name not in STORAGES:
-        raise Damaged(f"it holds tensors of a type that is not known, {name}")
+        raise CorruptFileError(f"it holds tensors of a type that is not known, {name}")
     return STORAGES[name]
 
 
 def _bytes_of(dtype: torch.dtype, count: Any, limit: int) -> int:
     size = int(count) * dtype.itemsize
     if not 0 <= size <= limit:
-        raise Damaged(f"it says that {size:,} bytes of tensors follow, more than it has")
+        raise CorruptFileError(f"it says that {size:,} bytes of tensors follow, more than it has")
     return size
 
 
@@ -280,10 +280,10 @@ def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
         if kind == "module":  # a class, with its source text
             return rest[0]
         if kind != "storage":
-            raise Damaged(f"it refers to {kind!r}, which is no tensor")
+            raise CorruptFileError(f"it refers to {kind!r}, which is no tensor")
         named, name, _, count, view = rest
         if view is not None:
-            raise Damaged("its tensors share memory in a way that torch no longer writes")
+            raise CorruptFileError("its tensors share memory in a way that torch no longer writes")
         dtype = _storage_type(named)
         if name not in found:
             found[name] = torch.empty(_bytes_of(dtype, count, left), dtype=torch.uint8), dtype
@@ -295,9 +295,9 @@ def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
         content, dtype = found[name]
         (count,) = struct.unpack("<q", stream.read(8))
         if count * dtype.itemsize != content.numel():
-            raise Damaged(f"one of its tensors has {count:,} values and should have others")
+            raise CorruptFileError(f"one of its tensors has {count:,} values and should have others")
         if content.numel() and stream.readinto(content.numpy()) != content.numel():
-            raise Damaged("it is cut short")
+            raise CorruptFileError("it is cut short")
     return value
 
 
@@ -317,7 +317,7 @@ def read_archive(path: Path, archive: zipfile.ZipFile, folder: str) -> Any:
     """
     records = {info.filename: info for info in archive.infolist()}
     if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
-        raise Damaged("its records are compressed, which torch.save never does")
+        raise CorruptFileError("its records are compressed, which torch.save never does")
     order = archive.read(f"{folder}byteorder") if f"{folder}byteorder" in records else b"little"
     with utf8_path(path) as name:
         whole = torch.UntypedStorage.from_file(name, False, path.stat().st_size)
@@ -326,12 +326,12 @@ def read_archive(path: Path, archive: zipfile.ZipFile, folder: str) -> Any:
     def persistent(key: Any) -> Any:
         kind, named, name, _, count = key[:5]
         if kind != "storage":
-            raise Damaged(f"it refers to {kind!r}, which is no tensor")
+            raise CorruptFileError(f"it refers to {kind!r}, which is no tensor")
         dtype = _storage_type(named)
         if name not in found:
             info = records.get(f"{folder}data/{name}")
             if info is None:
-                raise Damaged(f"its record data/{name} is missing")
+                raise CorruptFileError(f"its record data/{name} is missing")
             size = _bytes_of(dtype, count, info.file_size)
             found[name] = Storage(_record(path, info, whole, size), dtype)
             if order.decode() != sys.byteorder:
@@ -348,8 +348,8 @@ def _record(
         stream.seek(info.header_offset)
         header = stream.read(30)
     if header[:4] != b"PK\3\4":
-        raise Damaged(f"its record {info.filename} is not where it should be")
+        raise CorruptFileError(f"its record {info.filename} is not where it should be")
     start = info.header_offset + 30 + sum(struct.unpack("<2H", header[26:30]))
     if start + size > whole.nbytes():
-        raise Damaged("it is cut short")
+        raise CorruptFileError("it is cut short")
     return whole[start : start + size]

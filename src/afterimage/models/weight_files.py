@@ -14,10 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from afterimage.config import AfterimageError, first_line, listed, shown, utf8_path
-from afterimage.models.unpickling import Damaged, HoldsCode, Inert, Stored, read_archive, read_stream
+from afterimage.config import AfterimageError, first_line, join_names, printable_path, utf8_path
+from afterimage.models.unpickling import (
+    CorruptFileError,
+    DeferredTensor,
+    PlaceholderObject,
+    UnsafePickleError,
+    read_archive,
+    read_stream,
+)
 from afterimage.runs.files import write_atomic
-from afterimage.runtime.hub import shards
+from afterimage.runtime.hub import list_shards
 
 VALID = "valid are safetensors, and state dicts that torch.save wrote"
 """The valid formats, for error messages."""
@@ -49,7 +56,7 @@ class NamedTensors:
     def holds(self) -> str:
         """Describe the content for messages: the number of tensors, and the first names."""
         count = len(self.tensors)
-        return f"it holds {count} tensor{'s' * (count != 1)}: {listed(list(self.tensors))}"
+        return f"it holds {count} tensor{'s' * (count != 1)}: {join_names(list(self.tensors))}"
 
 
 def read_named_tensors(file: str | Path) -> NamedTensors:
@@ -67,20 +74,25 @@ def read_named_tensors(file: str | Path) -> NamedTensors:
             head = stream.read(HEAD)
         size = path.stat().st_size
     except OSError as error:
-        raise AfterimageError(f"cannot read weights from {shown(path)}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read weights from {printable_path(path)}: {error.strerror}") from None
     try:
         content = _read(path, head, size)
     except AfterimageError:
         raise
-    except HoldsCode as found:
+    except UnsafePickleError as found:
         raise AfterimageError(
-            f"{shown(path)} is no checkpoint of plain tensors: it names {found}, which runs commands; "
+            f"{printable_path(path)} is no checkpoint of plain tensors: it names {found}, which runs commands; "
             "nothing in it was run"
         ) from None
     except Exception as error:
-        reason = str(error) if isinstance(error, Damaged) else f"{type(error).__name__}: {first_line(error)}"
+        reason = (
+            str(error)
+            if isinstance(error, CorruptFileError)
+            else f"{type(error).__name__}: {first_line(error)}"
+        )
         raise AfterimageError(
-            f"cannot read weights from {shown(path)}: it begins as a checkpoint does, and is damaged or cut short at "
+            f"cannot read weights from {printable_path(path)}: it begins as a checkpoint does, and is "
+            "damaged or cut short at "
             f"{size:,} bytes ({reason}); download or save it again"
         ) from None
     return _named(path, content)
@@ -97,28 +109,32 @@ def _read(path: Path, head: bytes, size: int) -> Any:
             return read_stream(stream, size)
     if path.name.endswith(".index.json") and head.lstrip()[:1] == b"{":
         return {
-            name: tensor for file in shards(path) for name, tensor in read_named_tensors(file).tensors.items()
+            name: tensor
+            for file in list_shards(path)
+            for name, tensor in read_named_tensors(file).tensors.items()
         }
-    raise AfterimageError(f"{shown(path)} holds no weights: {_kind_of(head, size)}; {VALID}")
+    raise AfterimageError(f"{printable_path(path)} holds no weights: {_kind_of(head, size)}; {VALID}")
 
 
 def _read_zip(path: Path) -> Any:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile:
-        raise Damaged("the list at the end of a zip file is missing") from None
+        raise CorruptFileError("the list at the end of a zip file is missing") from None
     with archive:
         names = archive.namelist()
         pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if not pickles:
             raise AfterimageError(
-                f"{shown(path)} holds no weights: it is a zip file of {len(names)} files ({listed(names)}); "
+                f"{printable_path(path)} holds no weights: it is a zip file of {len(names)} files "
+                f"({join_names(names)}); "
                 f"if weights are inside, unpack it; {VALID}"
             )
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}constants.pkl" in names:
             raise AfterimageError(
-                f"{shown(path)} is a TorchScript archive, a program with its weights, which is not run; save its "
+                f"{printable_path(path)} is a TorchScript archive, a program with its weights, which is "
+                "not run; save its "
                 f"tensors with safetensors.torch.save_file(torch.jit.load(FILE).state_dict(), FILE); {VALID}"
             )
         return read_archive(path, archive, folder)
@@ -144,31 +160,35 @@ def _named(path: Path, content: Any) -> NamedTensors:
     seen: set[int] = set()
 
     def visit(value: Any, prefix: str, container: str, depth: int) -> None:
-        if isinstance(value, Inert) and not value and not value.is_module:
+        if isinstance(value, PlaceholderObject) and not value and not value.is_module:
             unread[value.kind] = None
         if not isinstance(value, (dict, list, tuple)) or id(value) in seen or depth > DEPTH:
             return
         seen.add(id(value))
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            found = item.tensor if isinstance(item, Stored) else item
+            found = item.tensor if isinstance(item, DeferredTensor) else item
             name = f"{prefix}{key}"
             if not isinstance(found, Tensor):
                 # The children of a pickled module extend the names of its tensors; they are not containers.
-                inside = isinstance(value, Inert) and isinstance(found, Inert)
+                inside = isinstance(value, PlaceholderObject) and isinstance(found, PlaceholderObject)
                 visit(found, f"{name}.", container if inside else f"{name}.", depth + 1)
             elif isinstance(value, dict) and isinstance(key, str):
                 if name in tensors:
-                    raise AfterimageError(f"{shown(path)} holds two tensors that are called {name}")
+                    raise AfterimageError(f"{printable_path(path)} holds two tensors that are called {name}")
                 tensors[name], containers[name] = found, container
 
     visit(content, "", "", 0)
     if not tensors:
         keys = (
-            f" with {listed([str(key) for key in content])}" if isinstance(content, dict) and content else ""
+            f" with {join_names([str(key) for key in content])}"
+            if isinstance(content, dict) and content
+            else ""
         )
-        others = f"; not read, as they are no tensors: {listed(list(unread))}" if unread else ""
+        others = f"; not read, as they are no tensors: {join_names(list(unread))}" if unread else ""
         kind = getattr(content, "kind", type(content).__name__)
-        raise AfterimageError(f"{shown(path)} holds no named tensors: it is a {kind}{keys}{others}; {VALID}")
+        raise AfterimageError(
+            f"{printable_path(path)} holds no named tensors: it is a {kind}{keys}{others}; {VALID}"
+        )
     return NamedTensors(str(path), tensors, containers, tuple(unread))
 
 
@@ -184,7 +204,7 @@ def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[st
     Raises:
         AfterimageError: the file cannot be written
     """
-    write_atomic(path, save(plain(tensors), {"made_for": json.dumps(made_for, sort_keys=True)}))
+    write_atomic(path, save(to_safetensors_form(tensors), {"made_for": json.dumps(made_for, sort_keys=True)}))
 
 
 def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -204,18 +224,19 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(stored, dict):
             raise ValueError("it does not say which features it was made for")
     except (ValueError, RecursionError) as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+        raise AfterimageError(f"cannot read {printable_path(path)}: {error}") from None
     for key, value in made_for.items():
         if stored.get(key) == value:
             continue
         if key == "code":
             raise AfterimageError(
-                f"{shown(path)} was made by other code: its decoder's file had the SHA-256 "
+                f"{printable_path(path)} was made by other code: its decoder's file had the SHA-256 "
                 f"{stored.get(key)!s:.64}, and now has {value!s:.64}; bring that file back, or train again in "
                 "another --output-dir"
             )
         raise AfterimageError(
-            f"{shown(path)} was made for other features: its {key} are {stored.get(key)!s:.300}, but these are "
+            f"{printable_path(path)} was made for other features: its {key} are "
+            f"{stored.get(key)!s:.300}, but these are "
             f"{value!s:.300}"
         )
     return tensors
@@ -234,9 +255,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+        raise AfterimageError(f"cannot read {printable_path(path)}: {error}") from None
 
 
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_safetensors_form(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors in the form that safetensors can store: on the CPU and contiguous."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

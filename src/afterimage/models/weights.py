@@ -14,24 +14,24 @@ from pathlib import Path
 
 from torch import Tensor
 
-from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, listed, local_path, shown
+from afterimage.config import RANDOM_WEIGHTS, WEIGHTS, AfterimageError, join_names, local_path, printable_path
 from afterimage.models.weight_files import NamedTensors
 from afterimage.runs.files import sha256
-from afterimage.runs.results import UsedWeights
+from afterimage.runs.results import WeightsRecord
 from afterimage.runtime.hub import (
     CONFIG,
     Unavailable,
-    cached,
     download,
     download_url,
-    named_config,
-    shards,
+    find_cached,
+    list_shards,
+    read_config,
     torch_hub_file,
 )
 
 SUFFIXES = (".safetensors", ".pth")
 """Endings of weight files in folders, the preferred one first."""
-FOLDER = "AFTERIMAGE_WEIGHTS"
+WEIGHTS_VARIABLE = "AFTERIMAGE_WEIGHTS"
 """Environment variable that names a folder of weights."""
 SNAPSHOT = tuple(
     f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
@@ -40,18 +40,18 @@ SNAPSHOT = tuple(
 State = Mapping[str, Tensor]
 AVERAGED = {"ema", "swa", "averaged"}
 """Words in a prefix that mark averaged weights, which are preferred."""
-FIRST = ("state_dict", "model")
+PREFERRED_CONTAINERS = ("state_dict", "model")
 """Containers that come next in preference, in this order."""
-LAST = {"student", "momentum", "optimizer", "optim", "grad", "grads"}
+LAST_RESORT_WORDS = {"student", "momentum", "optimizer", "optim", "grad", "grads"}
 """Words in a prefix that mark tensors to be taken only as a last resort."""
-RULE = (
+PREFERENCE_NOTE = (
     "of several that fit, averaged weights (ema) come first, then state_dict, then model, then the order of the file; "
     "student, momentum and optimizer come last"
 )
 """The order of preference, for notes."""
 CANDIDATES = 12
 """Number of prefixes that are tried with a model's filter, which may be slow."""
-FOREIGN = 0.1
+MAX_FOREIGN_SHARE = 0.1
 """Largest share of names unknown to the model; above it, another network is the more likely owner of the
 tensors."""
 
@@ -90,13 +90,13 @@ class Weights:
         return self.origin if self.is_random else "pretrained"
 
     @property
-    def used(self) -> UsedWeights:
+    def used(self) -> WeightsRecord:
         """The weights as a run's result records them."""
         known = (self.model, self.origin, self.location, self.sha256)
-        return UsedWeights(*known, self.label, self.is_random, self.note, self.code)
+        return WeightsRecord(*known, self.label, self.is_random, self.note, self.code)
 
 
-def weight_notes(used: Iterable[UsedWeights]) -> list[str]:
+def weight_notes(used: Iterable[WeightsRecord]) -> list[str]:
     """Return remarks on weights, for a run's notes."""
     return [f"weights of {weights.model}: {weights.note}" for weights in used if weights.note]
 
@@ -135,21 +135,22 @@ def search_weights(
     if is_folder:
         return _from_path(model, Path(name), files, files)
     tried = []
-    folder = os.environ.get(FOLDER)
+    folder = os.environ.get(WEIGHTS_VARIABLE)
     if folder:
         path = Path(folder).expanduser()
         if not path.is_dir():
-            raise AfterimageError(f"{FOLDER} names {folder}, which is not a folder")
+            raise AfterimageError(f"{WEIGHTS_VARIABLE} names {folder}, which is not a folder")
         if file := _in_folder(path, names):
             return _weights(model, "folder", str(file), file)
-        tried.append(f"the folder {folder} that {FOLDER} names (no {', '.join(names)})")
+        tried.append(f"the folder {folder} that {WEIGHTS_VARIABLE} names (no {', '.join(names)})")
     else:
-        tried.append(f"no folder, as {FOLDER} is not set")
+        tried.append(f"no folder, as {WEIGHTS_VARIABLE} is not set")
     hub = (name, revision or None, files) if name else ()
     if found := _cached_or_downloaded(model, hub, url, tried):
         return found
     advice = advice or (
-        f"give --weights PATH (a file, or a folder with {' or '.join(names[:2])}), set {FOLDER} to such a folder, "
+        f"give --weights PATH (a file, or a folder with {' or '.join(names[:2])}), set "
+        f"{WEIGHTS_VARIABLE} to such a folder, "
         "or give --weights random (a control: the network has then learned nothing)"
     )
     raise AfterimageError(f"no weights for {model}. Tried: {'; '.join(tried)}. To go on, {advice}")
@@ -160,20 +161,21 @@ def _from_path(model: str, path: Path, names: Sequence[str], snapshot: Sequence[
     if file is None:
         inside = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         raise AfterimageError(
-            f"the folder {shown(path)} holds no weights for {model}: none of {', '.join(names)}, nor a snapshot "
-            f"of the hub ({' or '.join(snapshot)}). It holds {listed(inside, 5) or 'nothing'}; "
+            f"the folder {printable_path(path)} holds no weights for {model}: none of "
+            f"{', '.join(names)}, nor a snapshot "
+            f"of the hub ({' or '.join(snapshot)}). It holds {join_names(inside, 5) or 'nothing'}; "
             "name a file to read just that"
         )
     if path.is_dir() and (path / CONFIG).is_file():
-        found = named_config(str(path.absolute())).get("architecture")
+        found = read_config(str(path.absolute())).get("architecture")
         if isinstance(found, str):  # a network of timm's
-            own = named_config(model).get("architecture") if "/" in model else model
+            own = read_config(model).get("architecture") if "/" in model else model
             if found.partition(".")[0] != str(own).partition(".")[0]:
                 raise AfterimageError(
-                    f"the folder {shown(path)} holds weights of {found}, by its {CONFIG}, and not of {model}"
+                    f"the folder {printable_path(path)} holds weights of {found}, by its {CONFIG}, and not of {model}"
                 )
     if not file.is_file():
-        raise AfterimageError(f"there are no weights at {shown(path)}; write {WEIGHTS}")
+        raise AfterimageError(f"there are no weights at {printable_path(path)}; write {WEIGHTS}")
     return _weights(model, "path", str(file), file)
 
 
@@ -189,7 +191,7 @@ def _cached_or_downloaded(model: str, hub: tuple, url: str | None, tried: list[s
     from huggingface_hub import constants
 
     if hub:
-        if file := cached(*hub):
+        if file := find_cached(*hub):
             return _weights(model, "cache", hub[0], file)
         tried.append(f"the hub's cache {constants.HF_HUB_CACHE} (no {hub[0]})")
     if url:
@@ -220,7 +222,7 @@ def file_digest(file: str | Path) -> str:
         AfterimageError: the file cannot be read
     """
     if str(file).endswith(".index.json"):
-        digests = [f"{shard.name} {file_digest(shard)}\n" for shard in shards(file)]
+        digests = [f"{shard.name} {file_digest(shard)}\n" for shard in list_shards(file)]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
     path = Path(file).resolve()
     try:
@@ -290,7 +292,7 @@ def best_match(
     return _chosen(file, fits)
 
 
-def nearest(file: NamedTensors, missing: str) -> str:
+def most_similar_name(file: NamedTensors, missing: str) -> str:
     """Return the name, of a file's first 2,000, that is most similar to a missing one; empty if none is."""
     names = list(file.tensors)[:2000]
     ends = [name for name in names if name.endswith(f".{missing}")]
@@ -339,7 +341,7 @@ def _match(
         sum(not right.isdisjoint(names) for names in required),
         len(required) - len(missing),
         len(right),
-        foreign <= FOREIGN * len(names),
+        foreign <= MAX_FOREIGN_SHARE * len(names),
     )
     return Match(prefix, state, tuple(map(int, score)), missing)
 
@@ -351,15 +353,18 @@ def _container(file: NamedTensors, prefix: str) -> str:
 
 
 def _order(prefix: str) -> tuple[int, int]:
-    """Return the rank of a prefix according to `RULE`."""
+    """Return the rank of a prefix according to `PREFERENCE_NOTE`."""
     words = set(re.split(r"[._]", prefix.lower()))
     containers = prefix.split(".")
-    first = min((FIRST.index(word) for word in containers if word in FIRST), default=len(FIRST))
-    return (0 if words & AVERAGED else 2 if words & LAST else 1), first
+    first = min(
+        (PREFERRED_CONTAINERS.index(word) for word in containers if word in PREFERRED_CONTAINERS),
+        default=len(PREFERRED_CONTAINERS),
+    )
+    return (0 if words & AVERAGED else 2 if words & LAST_RESORT_WORDS else 1), first
 
 
 def _chosen(file: NamedTensors, fits: list[Match]) -> tuple[Match, str]:
-    """Choose the best match, by `RULE` among those that fit equally well, and write the note."""
+    """Choose the best match, by `PREFERENCE_NOTE` among those that fit equally well, and write the note."""
     top = max(match.score for match in fits)
     fits = [match for match in fits if match.score == top]
     places = {name: place for place, name in enumerate(file.tensors)}
@@ -374,7 +379,7 @@ def _chosen(file: NamedTensors, fits: list[Match]) -> tuple[Match, str]:
         parts.append(f"the tensors {', '.join(where + taken)}")
     if others:
         also = " and ".join(repr(match.prefix.rstrip(".")) or "the file's own" for match in others[:4])
-        parts.append(f"{also} would fit as well ({RULE})")
+        parts.append(f"{also} would fit as well ({PREFERENCE_NOTE})")
     if file.unread:
         parts.append(f"not read: {', '.join(file.unread[:5])}{', ...' if len(file.unread) > 5 else ''}")
     return best, "; ".join(parts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afterimage.config import RunConfig
-from afterimage.report.rows import Row, Rows, grouped
+from afterimage.report.rows import Row, Rows, group_by
 from afterimage.runs.files import read_csv
 from afterimage.runs.results import METRICS, InversionFacts
 from afterimage.runs.run import Run
@@ -79,7 +79,7 @@ def bounds_of(rows: Rows) -> tuple[Bound, ...]:
         return row.sources, row.origin, row.inversion.start, row.data.test_digest, row.lpips.net
 
     bounds = []
-    for group in grouped(rows.inversions, key).values():
+    for group in group_by(rows.inversions, key).values():
         estimates = [row for row in group if row.config.estimate is not None]
         refined = [row for row in group if row.config.estimate is None]
         estimate = max(estimates, key=lambda row: row.scores["psnr"].mean, default=None)
@@ -104,7 +104,7 @@ def main_bounds(bounds: Sequence[Bound]) -> tuple[Bound, ...]:
 
 def by_decoder(bounds: Sequence[Bound]) -> dict[str, list[Bound]]:
     """Group the main bounds by decoder: most bounds first, among equals the highest mean PSNR first."""
-    groups = grouped(main_bounds(bounds), lambda bound: bound.decoder_label)
+    groups = group_by(main_bounds(bounds), lambda bound: bound.decoder_label)
 
     def rank(item: tuple[str, list[Bound]]) -> tuple[int, float]:
         return -len(item[1]), -statistics.fmean(bound.decoder.scores["psnr"].mean for bound in item[1])
@@ -112,7 +112,7 @@ def by_decoder(bounds: Sequence[Bound]) -> dict[str, list[Bound]]:
     return dict(sorted(groups.items(), key=rank))
 
 
-def to_compare(bounds: Sequence[Bound]) -> tuple[list[Row], list[Row]]:
+def comparison_rows(bounds: Sequence[Bound]) -> tuple[list[Row], list[Row]]:
     """Return decoders on the images of their bounds, and the same rows with the bounds' scores."""
     decoders = [bound for bound in main_bounds(bounds) if bound.decoder.per_image]
     answers = []
@@ -127,7 +127,7 @@ def to_compare(bounds: Sequence[Bound]) -> tuple[list[Row], list[Row]]:
     return [bound.decoder for bound in decoders], answers
 
 
-SAME = 0.05
+PSNR_TOLERANCE = 0.05
 """Tolerance in dB between two measurements of the same mean PSNR, wide enough for bfloat16."""
 
 
@@ -141,7 +141,10 @@ def _alone(found: Row, run: Row | None) -> Row:
     ids = [image["id"] for image in found.per_image]
     if run and set(ids) <= (known := {image["id"]: image for image in run.per_image}).keys():
         rows = tuple(known[i] for i in ids)
-        if abs(math.fsum(row["psnr"] for row in rows) / len(rows) - alone.scores["psnr"].mean) > SAME:
+        if (
+            abs(math.fsum(row["psnr"] for row in rows) / len(rows) - alone.scores["psnr"].mean)
+            > PSNR_TOLERANCE
+        ):
             rows = ()
         elif run.lpips.net != found.lpips.net:
             rows = tuple({**row, "lpips": None} for row in rows)
@@ -151,13 +154,13 @@ def _alone(found: Row, run: Row | None) -> Row:
     return dataclasses.replace(run or elsewhere, **measured)
 
 
-PAST = 0.1
+OVERRUN_DB = 0.1
 """Fall in dB below its peak PSNR from which an inversion counts as run for too long."""
 CURVE = "curve.csv"
 """File of a search's scores by image and pass."""
 
 
-def features_of(row: Row) -> str:
+def features_label(row: Row) -> str:
     """Return an inversion's sources, with the label of its weights where they are not pretrained."""
     return named_features(row.features_text, row.origin)
 
@@ -166,7 +169,7 @@ def named_features(sources: str, weights: str) -> str:
     return sources if weights == "pretrained" else f"{sources} ({weights.upper()} weights)"
 
 
-def searched(inversions: Sequence[Row]) -> list[Row]:
+def with_curve(inversions: Sequence[Row]) -> list[Row]:
     """Return the inversions that come from a search pass by pass and kept its curve: no best estimates."""
     return [row for row in inversions if row.config.estimate is None and row.run.file(CURVE).exists()]
 
@@ -179,7 +182,7 @@ def curve(folder: Run) -> list[dict[str, Any]]:
 
 def mean_curve(folder: Run) -> list[tuple[int, float]]:
     """Return pairs of a number of passes and the mean PSNR over an inversion's images after them; see `curve`."""
-    passes = grouped(curve(folder), lambda row: row["step"])
+    passes = group_by(curve(folder), lambda row: row["step"])
     return [(step, statistics.fmean(row["psnr"] for row in own)) for step, own in sorted(passes.items())]
 
 

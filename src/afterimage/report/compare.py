@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afterimage.config import AfterimageError, shown
-from afterimage.report.format import NONE, Numbers, number, plain, ratio
-from afterimage.report.rows import grouped
+from afterimage.config import AfterimageError, printable_path
+from afterimage.report.format import MISSING, TextTable, format_score, ratio, single_line
+from afterimage.report.rows import group_by
 from afterimage.report.tables import heading, score_columns, weights_text
 from afterimage.runs.files import read_csv
 from afterimage.runs.results import METRICS
@@ -28,7 +28,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasurementConditions:
     """Conditions that must be equal before scores of two rows compare.
 
     `answer` is a decoder's name, or `linear + refined` and the like for a bound; `passes` the largest number
@@ -57,7 +57,7 @@ class Entry:
     features: str
     weights: str
     values: float
-    measured: Measured
+    measured: MeasurementConditions
     scores: Mapping[str, float]
     net: str
 
@@ -80,7 +80,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Standing:
+class EntryRanking:
     """One of the user's rows, `mine`, and the rows of the atlas that it may be ranked with."""
 
     mine: Entry
@@ -113,7 +113,7 @@ class Comparison:
         remarks: sentences on what was left out, and why
     """
 
-    standings: tuple[Standing, ...]
+    standings: tuple[EntryRanking, ...]
     atlas: tuple[Entry, ...]
     within: float
     remarks: tuple[str, ...]
@@ -141,7 +141,7 @@ def read_atlas(path: Path) -> list[dict[str, Any]]:
     try:
         return parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+        raise AfterimageError(f"cannot read {printable_path(path)}: {error}") from None
 
 
 def entries(records: Iterable[Mapping[str, Any]], where: str) -> tuple[Entry, ...]:
@@ -171,7 +171,7 @@ def entries(records: Iterable[Mapping[str, Any]], where: str) -> tuple[Entry, ..
         features, weights, answer, images, crop = (
             str(record[column]) for column in ("sources", "weights", "decoder", "data_digest", "crop")
         )
-        measured = Measured(answer, int(record["passes"] or 0), images, crop)
+        measured = MeasurementConditions(answer, int(record["passes"] or 0), images, crop)
         scores = {metric: float(value) for metric, value in scores.items()}
         values, net = float(record["values_per_pixel"]), str(record["lpips_net"] or "")
         found.append(Entry(features, weights, values, measured, scores, net))
@@ -198,7 +198,7 @@ def compare(mine: Sequence[Entry], atlas: Sequence[Entry], *, within: float = 1.
     own = {(e.features, e.weights, e.measured) for e in mine}
     others = [e for e in atlas if (e.features, e.weights, e.measured) not in own and not e.is_random]
     ways = {e.measured for e in mine}
-    alike = grouped((e for e in others if e.measured in ways), lambda e: e.measured)
+    alike = group_by((e for e in others if e.measured in ways), lambda e: e.measured)
     if not alike:
         raise AfterimageError(
             f"no row of the atlas was measured as yours: yours are {_ways(mine)}; "
@@ -207,30 +207,30 @@ def compare(mine: Sequence[Entry], atlas: Sequence[Entry], *, within: float = 1.
     standings = []
     for e in (e for e in mine if e.measured in alike):
         near = (o for o in alike[e.measured] if 1 / within <= o.values / e.values <= within)
-        standings.append(Standing(e, tuple(near)))
+        standings.append(EntryRanking(e, tuple(near)))
     shown = tuple(e for e in others if e.measured in alike)
     return Comparison(tuple(standings), shown, within, tuple(_remarks(mine, atlas, shown)))
 
 
-def standings_table(comparison: Comparison) -> Numbers:
+def standings_table(comparison: Comparison) -> TextTable:
     """Return the ranks as a table: a line for each of the user's rows; the last column has the best row."""
     columns, lines = comparison.columns, []
     for standing in comparison.standings:
         mine, cells = standing.mine, []
         for metric, net in columns:
-            cell = number(mine.scores[metric], metric) if mine.has(metric, net) else NONE
-            if cell != NONE and (place := standing.place(metric)):
+            cell = format_score(mine.scores[metric], metric) if mine.has(metric, net) else MISSING
+            if cell != MISSING and (place := standing.place(metric)):
                 cell += f", {place[0]} of {place[1]}"
             cells.append(cell)
         first = standing.first("psnr")
-        best = f"{first.name}, {number(first.scores['psnr'], 'psnr')}"
+        best = f"{first.name}, {format_score(first.scores['psnr'], 'psnr')}"
         best = best if standing.rivals("psnr") else "alone at this size"
         lines.append((mine.name, mine.measured.answer, ratio(mine.values), *cells, best))
     heads = (heading(*column) for column in columns)
     header = ("features", "answer", "values per pixel value", *heads, "first in PSNR")
     least, most = ratio(1 / comparison.within), ratio(comparison.within)
     title = f"Ranks among rows of the atlas with {least} to {most} times as many feature values"
-    return Numbers(title, header, tuple(lines))
+    return TextTable(title, header, tuple(lines))
 
 
 def _ways(rows: Iterable[Entry]) -> str:
@@ -239,7 +239,7 @@ def _ways(rows: Iterable[Entry]) -> str:
 
 
 def _remarks(mine: Sequence[Entry], atlas: Sequence[Entry], alike: Sequence[Entry]) -> Iterator[str]:
-    ways, found = grouped(mine, lambda e: e.measured), {e.measured for e in alike}
+    ways, found = group_by(mine, lambda e: e.measured), {e.measured for e in alike}
     if count := sum(e.is_random for e in atlas):
         yield f"Rows of the atlas that have random weights and are not ranked: {count}."
     answers = {way.answer for way in ways}
@@ -252,4 +252,4 @@ def _remarks(mine: Sequence[Entry], atlas: Sequence[Entry], alike: Sequence[Entr
         yield f"No row of the atlas was measured as {told}: {way}."
     other = (e.net for e in alike if e.net and e.net not in {m.net for m in ways[e.measured]})
     for net, count in Counter(other).items():
-        yield f"Rows of the atlas whose LPIPS is by the network {plain(net)}, which measured none of yours: {count}."
+        yield f"Rows of the atlas whose LPIPS is by {single_line(net)}, a network that measured none of yours: {count}."

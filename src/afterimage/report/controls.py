@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from afterimage.config import AfterimageError
-from afterimage.evaluation.intervals import NAME
-from afterimage.report.format import NONE, Finding, Numbers, interval_text, minus, number
-from afterimage.report.rows import Row, grouped, mean_over_images
-from afterimage.runs.controls import PLANES, REGIONS, STAND_INS, CodecPoint, PlaneError, read_part
+from afterimage.evaluation.intervals import INTERVAL_NAME
+from afterimage.report.format import MISSING, Finding, TextTable, format_score, interval_text, with_minus_sign
+from afterimage.report.rows import Row, group_by, mean_over_images
+from afterimage.runs.controls import ABLATIONS, PLANES, REGIONS, CodecPoint, PlaneError, read_part
 from afterimage.runs.results import Interval
 
 DETAIL = 0.125
@@ -53,7 +53,7 @@ def read_parts(rows: Iterable[Row], part: str) -> tuple[list[Part], list[str]]:
 def control_findings(rows: Sequence[Row]) -> list[Finding]:
     """Return findings on the controls of these rows; none where no run folder contains any."""
     findings = []
-    for part, (title, make) in MAKERS.items():
+    for part, (title, make) in FINDING_BUILDERS.items():
         found, problems = read_parts(rows, part)
         if found or problems:
             paragraphs, tables = make(found) if found else ((), ())
@@ -75,14 +75,14 @@ def share_lost(part: Part, plane: str) -> list[tuple[float, float]]:
     return [(f, e / p) for f, e, p in triples if e is not None and p]
 
 
-def at_size(curve: Sequence[CodecPoint], bits: float) -> float | None:
+def psnr_at_size(curve: Sequence[CodecPoint], bits: float) -> float | None:
     """Interpolate a codec's mean PSNR at a mean size in bits a pixel (log scale); None outside its curve."""
-    return _between([(math.log(c.bits_per_pixel), c.psnr) for c in curve], math.log(bits))
+    return _interpolate([(math.log(c.bits_per_pixel), c.psnr) for c in curve], math.log(bits))
 
 
-def at_psnr(curve: Sequence[CodecPoint], psnr: float) -> float | None:
+def size_at_psnr(curve: Sequence[CodecPoint], psnr: float) -> float | None:
     """Interpolate the mean size in bits a pixel at which a codec has this mean PSNR; None outside its curve."""
-    size = _between([(c.psnr, math.log(c.bits_per_pixel)) for c in curve], psnr)
+    size = _interpolate([(c.psnr, math.log(c.bits_per_pixel)) for c in curve], psnr)
     return None if size is None else math.exp(size)
 
 
@@ -92,16 +92,16 @@ def curve_of(part: Part, codec: str) -> list[CodecPoint]:
     return sorted(curve, key=lambda c: c.bits_per_pixel)
 
 
-def _between(points: Sequence[tuple[float, float]], x: float) -> float | None:
+def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None:
     xs, ys = zip(*sorted(points), strict=True)
     return float(np.interp(x, xs, ys)) if xs[0] <= x <= xs[-1] else None
 
 
-def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
-    header = ("features", "decoder", "own features", *STAND_INS.values(), "re-encoded", "another image")
+def _ablation_tables(parts: Sequence[Part]) -> tuple[list[str], list[TextTable]]:
+    header = ("features", "decoder", "own features", *ABLATIONS.values(), "re-encoded", "another image")
     table = []
     for p in parts:
-        scores = (interval_text(p.mean(f"{control}_psnr"), "psnr") for control in ("own", *STAND_INS))
+        scores = (interval_text(p.mean(f"{control}_psnr"), "psnr") for control in ("own", *ABLATIONS))
         distances = (p.facts.distances.reencoded, p.facts.distances.random_pair)
         cells = (*scores, *(f"{distance:.3f}" for distance in distances))
         table.append((p.row.features_text, decoder(p.row), *cells))
@@ -110,28 +110,28 @@ def _guessed(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
         "the image: what is left is the decoder's prior. Another image's features are those of the next test "
         "image; shuffled ones have their locations in random order; mean ones hold each channel's mean over "
         f"training images everywhere. PSNR in dB, mean over {parts[0].facts.images} test images with its "
-        f"{NAME}. A column that comes near the first is what the decoder knew without the image.",
+        f"{INTERVAL_NAME}. A column that comes near the first is what the decoder knew without the image.",
         "Re-encoded: the distance of the reconstruction's features from the image's, over the norm of these; "
         "beside it the distance of another image's features. Near 0 the reconstruction is one that the layer "
         "takes for the image; near the other it has little to do with it.",
     ]
-    tables = [Numbers("Controls", header, tuple(table))]
+    tables = [TextTable("Controls", header, tuple(table))]
     return paragraphs, [*tables, *_against_random([p.row for p in parts])]
 
 
-def _against_random(rows: Sequence[Row]) -> Iterable[Numbers]:
+def _against_random(rows: Sequence[Row]) -> Iterable[TextTable]:
     """Compare pretrained rows with the same rows on random weights, in a table for each random control."""
     trained, random = ([row for row in rows if row.is_random == is_random] for is_random in (False, True))
     pairs = [(a, b) for a, b in product(trained, random) if _differ_only_in(a, b, "weights")]
-    for label, found in sorted(grouped(pairs, lambda pair: pair[1].origin).items()):
+    for label, found in sorted(group_by(pairs, lambda pair: pair[1].origin).items()):
         lines = []
         for pair in found:
-            means = (number(row.scores["psnr"].mean, "psnr") for row in pair)
+            means = (format_score(row.scores["psnr"].mean, "psnr") for row in pair)
             names = (pair[0].features_text, pair[0].decoder_label)
             lines.append((*names, *means, _difference(*pair, "psnr")))
         heads = ("pretrained (dB)", f"{label.upper()} weights (dB)", "what training added (dB)")
         title = f"The same architecture with {label} weights"
-        yield Numbers(title, ("features", "decoder", *heads), tuple(lines))
+        yield TextTable(title, ("features", "decoder", *heads), tuple(lines))
 
 
 def _differ_only_in(a: Row, b: Row, *but: str) -> bool:
@@ -153,7 +153,7 @@ def _difference(a: Row, b: Row, metric: str) -> str:
     return interval_text(mean_over_images(gaps), metric, signed=True)
 
 
-def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
+def _error_breakdown_tables(parts: Sequence[Part]) -> tuple[list[str], list[TextTable]]:
     rules = parts[0].facts.regions
     shares = ", ".join(f"{kind} {getattr(rules, kind).share:.0%}" for kind in REGIONS)
     header = (
@@ -169,7 +169,7 @@ def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
         kinds = [_decibels(getattr(p.facts.regions, kind).mse) for kind in REGIONS]
         table.append((p.row.features_text, decoder(p.row), *planes, *lost, *kinds, half))
     paragraphs = [
-        f"Luma, Cb and Cr are JPEG's (BT.601, full range), mean PSNR over images with its {NAME}; "
+        f"Luma, Cb and Cr are JPEG's (BT.601, full range), mean PSNR over images with its {INTERVAL_NAME}; "
         "the variance lost is the squared error over the plane's own variance within images (above 100 %: worse "
         "than its mean). "
         f"Regions are judged on the original's luma in {rules.window} × {rules.window} pixels: flat where its "
@@ -178,18 +178,18 @@ def _lost(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
         "error over all pixels of the kind. The last column is the lowest frequency at which the error has half "
         "the image's power or more.",
     ]
-    return paragraphs, [Numbers("By colour, region and frequency", header, tuple(table)), *_gap(parts)]
+    return paragraphs, [TextTable("By colour, region and frequency", header, tuple(table)), *_gap(parts)]
 
 
 def _share(plane: PlaneError) -> str:
-    return f"{plane.error / plane.variance:.1%}" if plane.variance else NONE
+    return f"{plane.error / plane.variance:.1%}" if plane.variance else MISSING
 
 
 def _decibels(error: float | None) -> str:
-    return NONE if error is None else number(-10 * math.log10(max(error, 1e-10)), "psnr")
+    return MISSING if error is None else format_score(-10 * math.log10(max(error, 1e-10)), "psnr")
 
 
-def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
+def _gap(parts: Sequence[Part]) -> Iterable[TextTable]:
     """Compare decoders trained for MSE with the same ones trained with LPIPS, by scores and detail."""
     lines = []
     for mse, other in product(parts, parts):
@@ -200,7 +200,7 @@ def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
         pairs = [" → ".join(texts) for texts in zip(*map(_detail, (mse, other)), strict=True)]
         lines.append((
             mse.row.features_text, mse.row.decoder_label, losses[1], _difference(other.row, mse.row, "psnr"),
-            _difference(other.row, mse.row, "lpips") if measured else NONE, *pairs,
+            _difference(other.row, mse.row, "lpips") if measured else MISSING, *pairs,
         ))  # fmt: skip
     if lines:
         header = (
@@ -208,7 +208,7 @@ def _gap(parts: Sequence[Part]) -> Iterable[Numbers]:
             f"power above {DETAIL:g} cycles a pixel, of the image's", "agreement there",
         )  # fmt: skip
         title = "MSE beside a perceptual loss: power that comes back with less agreement is guessed detail"
-        yield Numbers(title, header, tuple(lines))
+        yield TextTable(title, header, tuple(lines))
 
 
 def _detail(part: Part) -> tuple[str, str]:
@@ -221,11 +221,11 @@ def _detail(part: Part) -> tuple[str, str]:
         for power in (spectrum.image, spectrum.reconstruction, spectrum.shared)
     )
     if not own or not rebuilt:
-        return NONE, NONE
-    return f"{rebuilt / own:.0%}", minus(f"{shared / math.sqrt(own * rebuilt):.2f}", 2)
+        return MISSING, MISSING
+    return f"{rebuilt / own:.0%}", with_minus_sign(f"{shared / math.sqrt(own * rebuilt):.2f}", 2)
 
 
-def _rate(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
+def _rate(parts: Sequence[Part]) -> tuple[list[str], list[TextTable]]:
     facts = parts[0].facts
     header = (
         "features", "decoder", "bits", "bits a pixel", "entropy bound", "PSNR (dB)", "JPEG at that size (dB)",
@@ -239,7 +239,7 @@ def _rate(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
             size, bound = point.bits_per_pixel, point.entropy_bits_per_pixel
             table.append((
                 p.row.features_text, decoder(p.row), f"{point.bits}", f"{size:.2f}",
-                NONE if bound is None else f"{bound:.2f}", interval_text(mean_over_images(rows), "psnr"),
+                MISSING if bound is None else f"{bound:.2f}", interval_text(mean_over_images(rows), "psnr"),
                 _codec(jpeg, size), _codec(webp, size), _size(jpeg, point.psnr),
             ))  # fmt: skip
     exact = next(c for c in facts.codecs if c.psnr is None)
@@ -254,27 +254,27 @@ def _rate(parts: Sequence[Part]) -> tuple[list[str], list[Numbers]]:
         f"along the logarithm of the size. Lossless WebP takes {exact.bits_per_pixel:.2f} bits a pixel: a size "
         "beyond it buys the image itself.",
     ]
-    return paragraphs, [Numbers("dB at each size", header, tuple(table))]
+    return paragraphs, [TextTable("dB at each size", header, tuple(table))]
 
 
 def _codec(curve: Sequence[CodecPoint], size: float) -> str:
     if size < curve[0].bits_per_pixel:
         return f"none so small (from {curve[0].bits_per_pixel:.2f})"
     if size > curve[-1].bits_per_pixel:
-        return f"above {number(curve[-1].psnr, 'psnr')}"
-    return number(at_size(curve, size), "psnr")
+        return f"above {format_score(curve[-1].psnr, 'psnr')}"
+    return format_score(psnr_at_size(curve, size), "psnr")
 
 
 def _size(curve: Sequence[CodecPoint], psnr: float) -> str:
-    size = at_psnr(curve, psnr)
+    size = size_at_psnr(curve, psnr)
     if size is None:
         lowest = min(curve, key=lambda c: c.psnr)
         return f"below {lowest.bits_per_pixel:.2f}" if psnr < lowest.psnr else "more than quality 100"
     return f"{size:.2f}"
 
 
-MAKERS = {
-    "controls": ("Preserved or guessed", _guessed),
-    "error_breakdown": ("What is lost", _lost),
+FINDING_BUILDERS = {
+    "controls": ("Preserved or guessed", _ablation_tables),
+    "error_breakdown": ("What is lost", _error_breakdown_tables),
     "rate_distortion": ("What the features cost to store or send", _rate),
 }

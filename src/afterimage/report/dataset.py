@@ -10,7 +10,7 @@ from typing import Any
 from afterimage.config import AfterimageError
 from afterimage.report.card import with_metadata
 from afterimage.report.format import markdown_code
-from afterimage.report.publish import are_free, public_rows
+from afterimage.report.publish import is_shareable, public_rows
 from afterimage.report.rows import Row, Rows, read_rows
 from afterimage.report.tables import markdown_table, records
 from afterimage.runs.files import read_image
@@ -53,7 +53,7 @@ def dataset_files(runs: Iterable[Run], name: str, *, license: str, own_images: b
 def _lines(row: Row, told: Row, own_images: bool) -> Iterable[dict[str, Any]]:
     """Yield a line for each test image of a run, with the images that it kept if they may be shared."""
     kept = {}
-    if own_images or are_free(row.data):
+    if own_images or is_shareable(row.data):
         kept = {identity: pair for identity, *pair in row.run.images}
     for image, shown in zip(row.per_image, told.per_image, strict=True):
         line = {

@@ -7,25 +7,25 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from afterimage.config import AfterimageError, counted
-from afterimage.evaluation.intervals import NAME, RESAMPLES
-from afterimage.report.bounds import Bound, to_compare
+from afterimage.config import AfterimageError, format_count
+from afterimage.evaluation.intervals import INTERVAL_NAME, RESAMPLES
+from afterimage.report.bounds import Bound, comparison_rows
 from afterimage.report.format import (
-    NONE,
+    MISSING,
     Finding,
-    Numbers,
+    TextTable,
     capitalised,
+    format_score_with_unit,
     markdown,
     markdown_finding,
     markdown_grid,
-    minus,
     p_value,
     ratio,
-    score,
+    with_minus_sign,
 )
 from afterimage.report.hypotheses import ahead, difference, difference_cells, hypothesis_finding
 from afterimage.report.published import published_finding
-from afterimage.report.rows import Row, grouped
+from afterimage.report.rows import Row, group_by
 from afterimage.report.statistics.analysis import Analysis, Efficiency, analyse
 from afterimage.report.statistics.hypotheses import UNTESTABLE
 from afterimage.report.statistics.rows import without_random_controls
@@ -34,7 +34,7 @@ from afterimage.runs.results import METRICS
 
 
 @dataclass(frozen=True)
-class Answers:
+class StudyFindings:
     """Everything that a report says beyond its rows.
 
     Attributes:
@@ -52,7 +52,7 @@ class Answers:
     problems: tuple[str, ...]
 
 
-def answer(rows: Sequence[Row], bounds: Sequence[Bound] = ()) -> Answers:
+def compute_findings(rows: Sequence[Row], bounds: Sequence[Bound] = ()) -> StudyFindings:
     """Compute the findings and the comparison with the published figures.
 
     Args:
@@ -66,8 +66,8 @@ def answer(rows: Sequence[Row], bounds: Sequence[Bound] = ()) -> Answers:
     values = {"problems": problems}
     try:
         analysis = analyse(rows)
-        sides = [analyse(side) for side in to_compare(bounds)] if bounds else []
-        lead, findings = how_to_read(analysis), tuple(find(analysis, sides))
+        sides = [analyse(side) for side in comparison_rows(bounds)] if bounds else []
+        lead, findings = how_to_read(analysis), tuple(build_findings(analysis, sides))
         values = analysis.as_dict()
         names = ("decoders_beside_bound", "measured_bound")
         values |= {name: side.as_dict() for name, side in zip(names, sides, strict=False)}
@@ -78,10 +78,10 @@ def answer(rows: Sequence[Row], bounds: Sequence[Bound] = ()) -> Answers:
     except AfterimageError as error:
         problems.append(f"The comparison with the published figures could not be computed: {error}")
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
-    return Answers(lead, findings, beside, text + "\n", tuple(problems))
+    return StudyFindings(lead, findings, beside, text + "\n", tuple(problems))
 
 
-def markdown_findings(answers: Answers) -> list[str]:
+def markdown_findings(answers: StudyFindings) -> list[str]:
     """Write the section of findings as blocks: a table of the verdicts, then each finding with its tables."""
     blocks = [f"> **{markdown(problem)}**" for problem in answers.problems]
     if not answers.findings:
@@ -93,7 +93,7 @@ def markdown_findings(answers: Answers) -> list[str]:
     return blocks + [block for finding in answers.findings for block in markdown_finding(finding, "###")]
 
 
-def find(analysis: Analysis, sides: Sequence[Analysis] = ()) -> list[Finding]:
+def build_findings(analysis: Analysis, sides: Sequence[Analysis] = ()) -> list[Finding]:
     """Return findings on H1, H2, H3, degradation, costs, decoders and fusions, as far as there are data.
 
     Wherever single layers were decoded, all three hypotheses are included: one that cannot be tested says
@@ -135,7 +135,8 @@ def _overview(analysis: Analysis) -> str:
     seeds = max(len(row.runs) for row in decoded)
     averaged = "scores are averaged over seeds first" if seeds > 1 else "each row has one seed"
     return (
-        f"{counted(len(decoded), 'row')} on {images} test images. All intervals are {NAME}s (bias-corrected and "
+        f"{format_count(len(decoded), 'row')} on {images} test images. All intervals are "
+        f"{INTERVAL_NAME}s (bias-corrected and "
         f"accelerated bootstrap over images, {RESAMPLES:,} resamples); differences are paired by image. "
         f"They say what other test images would change, not what other seeds would: {averaged}."
     )
@@ -147,10 +148,10 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
     rows = []
     for d in analysis.degradation:
         low, high = sorted((d.percent.low, d.percent.high))
-        percent, low, high = (minus(f"{v:+.1f}", 1) for v in (d.percent.estimate, low, high))
+        percent, low, high = (with_minus_sign(f"{v:+.1f}", 1) for v in (d.percent.estimate, low, high))
         best, worst = (
-            f"{d.best} ({score(d.drop.mean_b, d.metric)})",
-            f"{d.worst} ({score(d.drop.mean_a, d.metric)})",
+            f"{d.best} ({format_score_with_unit(d.drop.mean_b, d.metric)})",
+            f"{d.worst} ({format_score_with_unit(d.drop.mean_a, d.metric)})",
         )
         change, second = f"{percent} % [{low}, {high}]", f"{ahead(d.runner_up)} {d.runner_up.b}"
         title = METRICS[d.metric].title
@@ -158,7 +159,7 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
     where = ("decoder", "encoder", "metric", "best layer", "worst layer")
     header = (*where, "difference", "per cent", "the best layer is")
     sentences = []
-    for metric, own in grouped(without_random_controls(analysis.degradation), lambda d: d.metric).items():
+    for metric, own in group_by(without_random_controls(analysis.degradation), lambda d: d.metric).items():
         change = sorted(abs(d.percent.estimate) for d in own)
         span = f"{change[0]:.0f}" if len(change) == 1 else f"{change[0]:.0f} to {change[-1]:.0f}"
         sentences.append(f"{METRICS[metric].title} changes by {span} %")
@@ -166,7 +167,7 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
     yield Finding(
         "How far decoders fall from the best layer to the worst",
         paragraphs=(text,) if sentences else (),
-        tables=(Numbers("Best and worst layers", header, tuple(rows)),),
+        tables=(TextTable("Best and worst layers", header, tuple(rows)),),
     )
 
 
@@ -186,19 +187,21 @@ def _costs(analysis: Analysis, metric: str) -> Iterable[Finding]:
     rows = []
     for e in costs:
         ratios = (getattr(e, field) for field in COSTS)
-        gains = (NONE if value is None else ratio(value) for value in ratios)
-        rows.append((e.name, e.setting, NONE if e.gain is None else score(e.gain, metric), *gains))
+        gains = (MISSING if value is None else ratio(value) for value in ratios)
+        rows.append(
+            (e.name, e.setting, MISSING if e.gain is None else format_score_with_unit(e.gain, metric), *gains)
+        )
     above = "above the mean colour" if baseline else "in all"
     heads = ("per minute of training", "per million parameters", "per thousand feature values")
     header = ("features", "decoder", f"{METRICS[metric].title} {above}", *heads)
     yield Finding(
         "What quality costs",
-        paragraphs=tuple(_best_buys(costs)),
-        tables=(Numbers("Every row", header, tuple(rows)),),
+        paragraphs=tuple(_most_efficient(costs)),
+        tables=(TextTable("Every row", header, tuple(rows)),),
     )
 
 
-def _best_buys(rows: Sequence[Efficiency]) -> Iterable[str]:
+def _most_efficient(rows: Sequence[Efficiency]) -> Iterable[str]:
     told = []
     for field, cost in COSTS.items():
         known = [row for row in without_random_controls(rows) or rows if getattr(row, field) is not None]
@@ -218,7 +221,7 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
     title, rows = METRICS[metric].title, []
     for ranking in rankings:
         # The first pairs compare the best with each other setting, in this order.
-        scores = (score(mean, metric) for mean in ranking.means)
+        scores = (format_score_with_unit(mean, metric) for mean in ranking.means)
         best, *others = map("{} ({})".format, ranking.settings, scores)
         for other, c in zip(others, ranking.pairs, strict=False):
             rows.append((ranking.name, best, other, *difference_cells(c)))
@@ -228,7 +231,7 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
     yield Finding(
         "Decoders on the same features",
         paragraphs=(f"Best mean {title} on {len(rankings)} layers or fusions: {told}.",),
-        tables=(Numbers("The best against each other", header, tuple(rows)),),
+        tables=(TextTable("The best against each other", header, tuple(rows)),),
     )
 
 

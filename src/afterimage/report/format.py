@@ -10,14 +10,14 @@ from decimal import Decimal
 
 from afterimage.runs.results import METRICS, Interval
 
-NONE = "–"
+MISSING = "–"
 """Text of a cell without a value."""
 LONG = 12
 """Number of rows above which Markdown folds a table, except those of a wide finding."""
 
 
 @dataclass(frozen=True)
-class Numbers:
+class TextTable:
     """A table of text cells. They contain names from run folders: escape them for output."""
 
     title: str
@@ -33,7 +33,7 @@ class Finding:
     verdict: str = ""
     rule: str = ""
     paragraphs: tuple[str, ...] = ()
-    tables: tuple[Numbers, ...] = ()
+    tables: tuple[TextTable, ...] = ()
     wide: bool = False  # takes the full width of the page; its tables are never folded
 
 
@@ -58,13 +58,13 @@ def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def number(value: float, metric: str, *, signed: bool = False) -> str:
+def format_score(value: float, metric: str, *, signed: bool = False) -> str:
     """Write a score with its metric's number of digits and a typographic minus sign, without the unit."""
     digits = METRICS[metric].digits
-    return minus(f"{value:{'+' if signed else ''}.{digits}f}", digits)
+    return with_minus_sign(f"{value:{'+' if signed else ''}.{digits}f}", digits)
 
 
-def minus(text: str, digits: int) -> str:
+def with_minus_sign(text: str, digits: int) -> str:
     """Replace a number's hyphen by a minus sign; a number that is zero to `digits` digits has no sign."""
     zero = f"{0:.{digits}f}"
     return zero if text.lstrip("+-") == zero else text.replace("-", "−")
@@ -72,7 +72,7 @@ def minus(text: str, digits: int) -> str:
 
 def ratio(value: float) -> str:
     """Write a number with three significant digits, from 100 on as an integer with thousands separators."""
-    return minus(f"{value:,.0f}" if abs(value) >= 100 else significant(value, 3), 0)
+    return with_minus_sign(f"{value:,.0f}" if abs(value) >= 100 else significant(value, 3), 0)
 
 
 def significant(value: float, digits: int) -> str:
@@ -80,26 +80,28 @@ def significant(value: float, digits: int) -> str:
     return f"{Decimal(f'{value:.{digits}g}'):f}"
 
 
-def score(value: float, metric: str) -> str:
+def format_score_with_unit(value: float, metric: str) -> str:
     """Write a score with its unit."""
-    return number(value, metric) + METRICS[metric].unit
+    return format_score(value, metric) + METRICS[metric].unit
 
 
-def span(interval: Interval, metric: str, *, signed: bool = True) -> str:
+def interval_ends(interval: Interval, metric: str, *, signed: bool = True) -> str:
     """Write an interval of a metric without its estimate, such as `[20.11, 22.40]`."""
-    low, high = (number(v, metric, signed=signed) for v in (interval.low, interval.high))
+    low, high = (format_score(v, metric, signed=signed) for v in (interval.low, interval.high))
     return f"[{low}, {high}]"
 
 
 def interval_text(interval: Interval, metric: str, *, signed: bool = False) -> str:
     """Write an interval of a metric as `21.30 [20.11, 22.40]`; for a single image the estimate alone."""
-    estimate = number(interval.estimate, metric, signed=signed)
-    return estimate if interval.count < 2 else f"{estimate} {span(interval, metric, signed=signed)}"
+    estimate = format_score(interval.estimate, metric, signed=signed)
+    return estimate if interval.count < 2 else f"{estimate} {interval_ends(interval, metric, signed=signed)}"
 
 
 def estimate_text(interval: Interval) -> str:
     """Write an estimate of any kind with its interval, to two digits."""
-    estimate, low, high = (minus(f"{v:.2f}", 2) for v in (interval.estimate, interval.low, interval.high))
+    estimate, low, high = (
+        with_minus_sign(f"{v:.2f}", 2) for v in (interval.estimate, interval.low, interval.high)
+    )
     return f"{estimate} [{low}, {high}]"
 
 
@@ -124,7 +126,7 @@ _LATEX = {
 _CODE = re.compile(r"[\w.:/+ @=,()\-]+")
 
 
-def plain(text: object, limit: int = 0) -> str:
+def single_line(text: object, limit: int = 0) -> str:
     """Return text as one line without control characters, cut in the middle to `limit` characters if set."""
     spaced = " ".join(str(text).split())
     clean = "".join(c for c in spaced if unicodedata.category(c)[0] != "C")
@@ -136,12 +138,12 @@ def plain(text: object, limit: int = 0) -> str:
 
 def markdown(text: object) -> str:
     """Escape text so that GitHub's Markdown shows it literally, inside a table too."""
-    return "".join(_MARKDOWN.get(c, c) for c in plain(text))
+    return "".join(_MARKDOWN.get(c, c) for c in single_line(text))
 
 
 def markdown_code(text: object) -> str:
     """Write a code span, or escaped text where a code span cannot hold its characters."""
-    clean = plain(text)
+    clean = single_line(text)
     return f"`{clean}`" if _CODE.fullmatch(clean) else markdown(clean)
 
 
@@ -163,10 +165,10 @@ def markdown_block(text: str, language: str = "text") -> str:
 
 def latex(text: object) -> str:
     """Escape text so that LaTeX shows it literally (UTF-8 input, `textcomp` symbols)."""
-    return "".join(_LATEX.get(c, c) for c in plain(text))
+    return "".join(_LATEX.get(c, c) for c in single_line(text))
 
 
 def spreadsheet(text: object) -> str:
     """Escape a text cell so that no spreadsheet reads it as a formula."""
-    clean = plain(text)
+    clean = single_line(text)
     return f"'{clean}" if clean[:1] in ("=", "+", "-", "@") else clean

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from afterimage.evaluation.intervals import NAME
+from afterimage.evaluation.intervals import INTERVAL_NAME
 from afterimage.report.format import (
-    NONE,
+    MISSING,
     Finding,
-    Numbers,
+    TextTable,
     capitalised,
     estimate_text,
-    minus,
-    number,
+    format_score,
+    interval_ends,
     p_value,
-    span,
+    with_minus_sign,
 )
-from afterimage.report.rows import grouped
+from afterimage.report.rows import group_by
 from afterimage.report.statistics.analysis import Analysis
 from afterimage.report.statistics.hypotheses import (
     SUPPORTED,
@@ -71,7 +71,7 @@ def _tested(results: Iterable[Hypothesis]) -> list[Hypothesis]:
 def _overall(results: Sequence[Hypothesis]) -> str:
     """Return one verdict, or each with its decoders. Random controls count only if there is nothing else."""
     counted = without_random_controls(results)
-    verdicts = grouped(counted or results, lambda result: result.verdict)
+    verdicts = group_by(counted or results, lambda result: result.verdict)
     if not verdicts:
         return UNTESTABLE
     told = next(iter(verdicts))
@@ -87,10 +87,10 @@ def _settings(results: Iterable[Hypothesis], separator: str = ", ") -> str:
 
 def _by_other_metrics(tested: Sequence[Hypothesis], first: Hypothesis) -> Iterable[str]:
     """Yield the verdicts by SSIM and LPIPS in one sentence."""
-    others = grouped((r for r in tested if r.metric != first.metric), lambda r: METRICS[r.metric].title)
+    others = group_by((r for r in tested if r.metric != first.metric), lambda r: METRICS[r.metric].title)
     told = []
     for metric, own in others.items():
-        verdicts = grouped(own, lambda result: result.verdict).items()
+        verdicts = group_by(own, lambda result: result.verdict).items()
         told.append(f"{metric}: " + ", ".join(f"{v} ({_settings(found, '; ')})" for v, found in verdicts))
     if told:
         yield f"{first.hypothesis} by the other metrics: {'. '.join(told)}."
@@ -100,14 +100,14 @@ def _not_testable(results: Sequence[Hypothesis]) -> Iterable[str]:
     """Yield a sentence for each reason why settings are not testable."""
     first = results[0]
     missing = (r for r in results if r.verdict == UNTESTABLE and r.metric == first.metric)
-    for reason, own in grouped(missing, lambda result: result.reason).items():
+    for reason, own in group_by(missing, lambda result: result.reason).items():
         yield f"{first.hypothesis} is not testable with {_settings(own)}: {reason}."
 
 
 def _disagreements(results: Sequence[Architectures]) -> Iterable[str]:
     """Describe pairs of which one metric prefers one side and another metric the other."""
     apart = [(r.setting, p.comparison) for r in results for p in r.pairs if p.comparison.better]
-    for (setting, a, b), pairs in grouped(apart, lambda pair: (pair[0], pair[1].a, pair[1].b)).items():
+    for (setting, a, b), pairs in group_by(apart, lambda pair: (pair[0], pair[1].a, pair[1].b)).items():
         winners = {METRICS[c.metric].title: getattr(c, c.better) for _, c in pairs}
         if len(set(winners.values())) > 1:
             told = ", ".join(f"{metric} prefers {winner}" for metric, winner in winners.items())
@@ -126,7 +126,7 @@ def _correlation(result: Resolution) -> Iterable[str]:
         text += f"; {why}"
     if result.share is not None:
         values = (result.share.estimate, result.share.low, result.share.high)
-        share = [minus(f"{100 * max(v, 0):.0f}", 0) for v in values]
+        share = [with_minus_sign(f"{100 * max(v, 0):.0f}", 0) for v in values]
         text += (
             f". Resolution accounts for {share[0]} % [{share[1]}, {share[2]}] of the variance between layers "
             "(epsilon squared)"
@@ -136,8 +136,8 @@ def _correlation(result: Resolution) -> Iterable[str]:
 
 def difference(c: Comparison) -> str:
     """Write a difference such as `−1.32 dB [−1.45, −1.20]`."""
-    estimate = number(c.difference.estimate, c.metric, signed=True)
-    return f"{estimate}{METRICS[c.metric].unit} {span(c.difference, c.metric)}"
+    estimate = format_score(c.difference.estimate, c.metric, signed=True)
+    return f"{estimate}{METRICS[c.metric].unit} {interval_ends(c.difference, c.metric)}"
 
 
 def ahead(c: Comparison) -> str:
@@ -153,30 +153,30 @@ def difference_cells(c: Comparison) -> tuple[str, str]:
     return difference(c) + negligible, p_value(c.p_holm).removeprefix("p ").removeprefix("= ")
 
 
-def _depth(results: Sequence[Depth], heads: tuple[str, str]) -> Iterable[Numbers]:
+def _depth(results: Sequence[Depth], heads: tuple[str, str]) -> Iterable[TextTable]:
     encoders, steps = [], []
     for r in results:
         for e in r.encoders:
-            tau = f"{minus(f'{e.tau:.2f}', 2)} ({p_value(e.tau_p)})"
+            tau = f"{with_minus_sign(f'{e.tau:.2f}', 2)} ({p_value(e.tau_p)})"
             monotone = f"{e.monotone} of {e.tau_within.count}"
             encoders.append((r.setting, e.encoder, e.verdict, tau, estimate_text(e.tau_within), monotone))
             for names, step in zip(pairwise(e.layers), e.steps, strict=True):
                 steps.append((r.setting, e.encoder, " → ".join(names), *difference_cells(step)))
     header = ("decoder", "encoder", "verdict", "Kendall's tau (exact p)", "tau within an image, mean")
-    yield Numbers("Each encoder", (*header, "images that fall at every step"), tuple(encoders))
-    yield Numbers("Each step, paired by image", ("decoder", "encoder", "step", *heads), tuple(steps))
+    yield TextTable("Each encoder", (*header, "images that fall at every step"), tuple(encoders))
+    yield TextTable("Each step, paired by image", ("decoder", "encoder", "step", *heads), tuple(steps))
 
 
-def _resolution(results: Sequence[Resolution], heads: tuple[str, str]) -> Iterable[Numbers]:
+def _resolution(results: Sequence[Resolution], heads: tuple[str, str]) -> Iterable[TextTable]:
     rows = [
         (r.setting, f"{p.height}×{p.width}", p.comparison.a, p.comparison.b, *difference_cells(p.comparison))
         for r in results
         for p in r.pairs
     ]
-    yield Numbers("Layers of equal resolution", ("decoder", "resolution", "A", "B", *heads), tuple(rows))
+    yield TextTable("Layers of equal resolution", ("decoder", "resolution", "A", "B", *heads), tuple(rows))
 
 
-def _architectures(results: Sequence[Architectures], heads: tuple[str, str]) -> Iterable[Numbers]:
+def _architectures(results: Sequence[Architectures], heads: tuple[str, str]) -> Iterable[TextTable]:
     rows, won = [], []
     for r in results:
         for p in r.pairs:
@@ -184,12 +184,12 @@ def _architectures(results: Sequence[Architectures], heads: tuple[str, str]) -> 
             sizes = f"{c.parameters_a:,} / {c.parameters_b:,}" + (" (equal)" if c.matched_capacity else "")
             wins = f"{c.wins_a} / {c.wins_b} of {c.difference.count}"
             place = (r.setting, f"{p.height}×{p.width}", c.a, c.b)
-            rows.append((*place, *difference_cells(c), wins, sizes, minus(f"{c.agreement:.2f}", 2)))
-            won.append((*place, ", ".join(c.won_a[:5]) or NONE, ", ".join(c.won_b[:5]) or NONE))
+            rows.append((*place, *difference_cells(c), wins, sizes, with_minus_sign(f"{c.agreement:.2f}", 2)))
+            won.append((*place, ", ".join(c.won_a[:5]) or MISSING, ", ".join(c.won_b[:5]) or MISSING))
     where = ("decoder", "resolution", "A", "B")
     header = (*where, *heads, "images won (A / B)", "decoder parameters (A / B)", "agreement")
-    yield Numbers("First layers of equal resolution", header, tuple(rows))
-    yield Numbers("Images won most clearly", (*where, "by A", "by B"), tuple(won))
+    yield TextTable("First layers of equal resolution", header, tuple(rows))
+    yield TextTable("Images won most clearly", (*where, "by A", "by B"), tuple(won))
 
 
 def _by_key(results: Iterable[Hypothesis]) -> dict[tuple[str, str], Hypothesis]:
@@ -237,13 +237,13 @@ def _beside_bound(
 
 def _bound_tables(
     decoders: Sequence[Hypothesis], same: Sequence[Hypothesis], bound: Sequence[Hypothesis]
-) -> Iterable[Numbers]:
+) -> Iterable[TextTable]:
     """Tabulate the verdicts of decoders and bound, and for H1 each step of both."""
     rows, steps = [], []
     of_decoders, of_same = _by_key(decoders), _by_key(same)
     for key, found in _by_key(bound).items():
         where = (METRICS[found.metric].title, found.setting)
-        verdicts = [side[key].verdict if key in side else NONE for side in (of_decoders, of_same)]
+        verdicts = [side[key].verdict if key in side else MISSING for side in (of_decoders, of_same)]
         rows.append((*where, *verdicts, found.verdict))
         if isinstance(found, Depth) and key in of_same:
             for decoder, encoder in zip(of_same[key].encoders, found.encoders, strict=True):
@@ -251,6 +251,13 @@ def _bound_tables(
                 for names, *pair in each:
                     steps.append((*where, encoder.encoder, " → ".join(names), *map(difference, pair)))
     header = ("metric", "decoder", "decoders, all images", "decoders, the bound's images", "measured bound")
-    yield Numbers("Verdicts for decoders and for the measured bound", header, tuple(rows))
-    header = ("metric", "decoder", "encoder", "step", f"decoder's difference [{NAME}]", "the bound's")
-    yield Numbers("Each step of both, on the bound's images, paired by image", header, tuple(steps))
+    yield TextTable("Verdicts for decoders and for the measured bound", header, tuple(rows))
+    header = (
+        "metric",
+        "decoder",
+        "encoder",
+        "step",
+        f"decoder's difference [{INTERVAL_NAME}]",
+        "the bound's",
+    )
+    yield TextTable("Each step of both, on the bound's images, paired by image", header, tuple(steps))

@@ -7,11 +7,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from afterimage.config.inversion import other_images
-from afterimage.evaluation.intervals import NAME
-from afterimage.report.bounds import PAST, Bound, features_of, highest, mean_curve, named_features, searched
-from afterimage.report.format import Finding, Numbers, interval_text, number, significant, span
-from afterimage.report.rows import Row, grouped, lpips_nets, mean_over_images, short_encoders
+from afterimage.config.inversion import tuning_image_indices
+from afterimage.evaluation.intervals import INTERVAL_NAME
+from afterimage.report.bounds import (
+    OVERRUN_DB,
+    Bound,
+    features_label,
+    highest,
+    mean_curve,
+    named_features,
+    with_curve,
+)
+from afterimage.report.format import (
+    Finding,
+    TextTable,
+    format_score,
+    interval_ends,
+    interval_text,
+    significant,
+)
+from afterimage.report.rows import Row, group_by, lpips_nets, mean_over_images, short_encoders
 from afterimage.report.tables import heading
 from afterimage.runs.files import write_atomic, write_csv, write_json
 from afterimage.runs.results import METRICS, Score
@@ -22,7 +37,7 @@ def bound_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
     """Return rows by features: decoders, best estimates, inversions from grey, refinements, in this order."""
     order = ("decoder", "estimate", "inversion", "refined")
     rows = []
-    for own in grouped(inversions, features_of).values():
+    for own in group_by(inversions, features_label).values():
         lines: list[dict[str, Any]] = []
         for found in own:
             facts = found.inversion
@@ -33,7 +48,7 @@ def bound_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
                     lines.append(line)
             measured = found.scores, facts.seconds_per_image, facts.steps, facts.feature_loss
             line = _row(found, found.config.answer, found.decoder, *measured)
-            if searched([found]):
+            if with_curve([found]):
                 line["peak_passes"], line["peak_psnr"] = highest(mean_curve(found.run))
             lines.append(line)
         rows += sorted(lines, key=lambda line: order.index(line["way"]))
@@ -61,7 +76,7 @@ def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 TITLE = "What a layer keeps, and what its decoder missed"
-BEYOND = "bound − decoder"
+GAP_LABEL = "bound − decoder"
 
 
 def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
@@ -81,18 +96,20 @@ def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
             lines.append((name, answer, *cells, distance_text(row.inversion.feature_loss), str(bound.count)))
             name = ""
         if any(missed := [_missed_text(bound, metric) for metric in metrics]):
-            lines.append(("", BEYOND, *missed, "", str(bound.count)))
+            lines.append(("", GAP_LABEL, *missed, "", str(bound.count)))
     nets = " / ".join(lpips_nets(founds))
     heads = [heading(metric, nets if metric == "lpips" else "") for metric in metrics]
-    table = Numbers(
-        f"The answers to the same test images, mean [{NAME}]",
+    table = TextTable(
+        f"The answers to the same test images, mean [{INTERVAL_NAME}]",
         ("features", "answer", *heads, "feature distance", "images"), tuple(lines),
     )  # fmt: skip
     tables = (table, *_controls(bounds, names, metrics))
     return [Finding(TITLE, paragraphs=tuple(_paragraphs(bounds, metrics)), tables=tables, wide=True)]
 
 
-def _controls(bounds: Sequence[Bound], names: Mapping[str, str], metrics: Sequence[str]) -> Iterable[Numbers]:
+def _controls(
+    bounds: Sequence[Bound], names: Mapping[str, str], metrics: Sequence[str]
+) -> Iterable[TextTable]:
     """Tabulate scores that do not depend on an image's own features, beside those of the bound."""
     lines = []
     for bound in bounds:
@@ -103,14 +120,14 @@ def _controls(bounds: Sequence[Bound], names: Mapping[str, str], metrics: Sequen
             for metric in metrics:
                 for scores in (row.scores, controls.other_image, controls.prior_alone):
                     score = scores and scores[metric]
-                    cells.append(number(score.mean, metric) if score else "unavailable")
+                    cells.append(format_score(score.mean, metric) if score else "unavailable")
             found = round(controls.identified * controls.candidates)
             lines.append((*cells, f"{found} of {controls.candidates} by {controls.distance}"))
     if not lines:
         return
     whose = ("", ", other original", ", prior alone")
     heads = [METRICS[metric].title + what for metric in metrics for what in whose]
-    yield Numbers(
+    yield TextTable(
         "Scores that owe nothing to the image's own features: those of an answer against another image's original, and "
         "of the same search on features that tell nothing (prior alone). Last, how many answers are nearest to their "
         "own original; guessing finds one",
@@ -145,17 +162,17 @@ def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str
     for metric in metrics:
         means = [statistics.fmean(gap.values()) for bound in bounds if (gap := bound.missed(metric))]
         if means:
-            ends = dict.fromkeys(number(end, metric, signed=True) for end in (min(means), max(means)))
+            ends = dict.fromkeys(format_score(end, metric, signed=True) for end in (min(means), max(means)))
             gaps[metric] = f"{' to '.join(ends)}{METRICS[metric].unit} {METRICS[metric].title}"
     if gaps:
         yield f"From the decoders to the measured bound: {', '.join(gaps.values())}."
     if refined and estimates:
         yield (
-            f"In the rows “{BEYOND}” the bound is the most consistent image for LPIPS and the best estimate for the "
+            f"In the rows “{GAP_LABEL}” the bound is the most consistent image for LPIPS and the best estimate for the "
             "other scores."
         )
     if worse := "; ".join(_worse(bounds, metrics)):
-        taught = (other_images(row.data.validation, row.config.estimate.images) for row in estimates)
+        taught = (tuning_image_indices(row.data.validation, row.config.estimate.images) for row in estimates)
         text = (
             f"Below the decoder in the mean: {worse}. There the search found nothing that the decoder does not show, "
             "whose own score is the higher bound."
@@ -189,8 +206,10 @@ def mean_text(row: Row, metric: str) -> str:
     """Write a mean and, where the scores of two images or more are known, its interval."""
     if (score := row.scores[metric]) is None:
         return "unavailable"
-    text, interval = number(score.mean, metric), row.intervals[metric]
-    return f"{text} {span(interval, metric, signed=False)}" if interval and interval.count > 1 else text
+    text, interval = format_score(score.mean, metric), row.intervals[metric]
+    return (
+        f"{text} {interval_ends(interval, metric, signed=False)}" if interval and interval.count > 1 else text
+    )
 
 
 def _missed_text(bound: Bound, metric: str) -> str:
@@ -226,7 +245,7 @@ def print_bounds(inversions: Sequence[Row]) -> None:
     screen.print(table)
     for row in rows:
         passes, peak = row["peak_passes"], row["peak_psnr"]
-        if peak is not None and peak - row["psnr"] >= PAST:
+        if peak is not None and peak - row["psnr"] >= OVERRUN_DB:
             hint = "" if passes else "; the start is the best there is"
             if passes and row["optimizer"] == "lbfgs":  # Adam's learning rate depends on the number of steps
                 hint = f". --steps {passes} ends there"

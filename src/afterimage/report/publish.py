@@ -33,12 +33,12 @@ from afterimage.runs.repository import (
     PublishedDecoder,
     check_shareable,
 )
-from afterimage.runs.results import CONFIG, DataFacts, Result, UsedWeights, write_result
+from afterimage.runs.results import CONFIG, DataFacts, Result, WeightsRecord, write_result
 from afterimage.runs.run import Run, scan
 
 R = TypeVar("R", bound=Result)
 
-FREE = {
+SHAREABLE_SOURCES = {
     "photographs": "photographs that scikit-image carries, in the public domain or free to pass on",
     "procedural": "images of dead leaves that afterimage draws",
 }
@@ -93,16 +93,16 @@ def kept_images(runs: Sequence[Run]) -> ImageGrid | None:
     return ImageGrid("test images", [pixels(first[i][0]) for i in ids], rebuilt)
 
 
-def are_free(data: DataConfig | DataFacts) -> bool:
+def is_shareable(data: DataConfig | DataFacts) -> bool:
     """Return True if anyone may share the test images."""
     return _is_free(data.test or data.source)
 
 
 def _is_free(source: str) -> bool:
-    return source.partition(":")[0] in FREE
+    return source.partition(":")[0] in SHAREABLE_SOURCES
 
 
-def decoders_of(runs: Sequence[Run]) -> list[Run]:
+def shareable_runs(runs: Sequence[Run]) -> list[Run]:
     """Return the finished runs among these that have a decoder to share.
 
     Raises:
@@ -130,7 +130,7 @@ def repository_files(
     No file contains paths of this machine: a folder keeps its last name, weights keep their digest.
 
     Args:
-        runs: runs with a decoder, see `decoders_of`
+        runs: runs with a decoder, see `shareable_runs`
         beside: other runs; baselines on the same test images and bounds of these decoders enter the card,
             as do those in the folders of `runs`
         name: `USER/NAME`
@@ -148,7 +148,7 @@ def repository_files(
     published: dict[str, PublishedDecoder] = {}
     for run in runs:
         result, folder = run.result, run.name if len(runs) > 1 else ""
-        contents = _run_files(run, public([result], with_names=with_names)[0])
+        contents = _run_files(run, remove_private_facts([result], with_names=with_names)[0])
         encoders = {weights.model: weights.identity for weights in result.weights}
         digests = {part: hashlib.sha256(content).hexdigest() for part, content in contents.items()}
         published[run.name] = PublishedDecoder(folder, result.sources, encoders, result.decoder, digests)
@@ -202,7 +202,7 @@ def _last(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
-def public(results: Sequence[R], *, with_names: bool) -> list[R]:
+def remove_private_facts(results: Sequence[R], *, with_names: bool) -> list[R]:
     """Return results, or rows, without paths of this machine and without names of images that are not free.
 
     A number replaces each name, the same one in all results.
@@ -211,7 +211,7 @@ def public(results: Sequence[R], *, with_names: bool) -> list[R]:
         results: results or rows
         with_names: keep the names of images that are not free
     """
-    private = [result for result in results if not (with_names or are_free(result.data))]
+    private = [result for result in results if not (with_names or is_shareable(result.data))]
     ids = sorted({image["id"] for result in private for image in result.per_image})
     numbers = {identity: f"{i:05d}" for i, identity in enumerate(ids)}
     hidden = set(map(id, private))
@@ -237,7 +237,7 @@ def _public(result: R, numbers: Mapping[str, str], with_names: bool) -> R:
     )  # fmt: skip
 
 
-def _public_weights(weights: UsedWeights) -> UsedWeights:
+def _public_weights(weights: WeightsRecord) -> WeightsRecord:
     is_path = weights.location.startswith("/") or weights.origin in ("path", "folder")
     location = _last(weights.location) if is_path else weights.location
     return replace(weights, location=location, note=_PATH.sub(r"\1", weights.note))
@@ -261,9 +261,9 @@ def _card_rows(runs: Sequence[Run], beside: Sequence[Run], with_names: bool) -> 
 
 
 def public_rows(rows: Rows, *, with_names: bool) -> Rows:
-    """Apply `public` to rows and drop unfinished runs, whose errors may contain private names."""
+    """Apply `remove_private_facts` to rows and drop unfinished runs, whose errors may contain private names."""
     groups = (rows.decoders, rows.baselines, rows.inversions)
-    shown = iter(public([row for group in groups for row in group], with_names=with_names))
+    shown = iter(remove_private_facts([row for group in groups for row in group], with_names=with_names))
     decoders, baselines, inversions = (tuple(next(shown) for _ in group) for group in groups)
     inversions = decoders if rows.inversions is rows.decoders else inversions
     return replace(rows, decoders=decoders, baselines=baselines, inversions=inversions, unfinished=())

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from afterimage.report.format import Finding, Numbers, number
-from afterimage.report.rows import Row, grouped
+from afterimage.report.format import Finding, TextTable, format_score
+from afterimage.report.rows import Row, group_by
 from afterimage.runs.files import read_image
 from afterimage.runs.results import METRICS
 from afterimage.runs.run import Run
@@ -23,7 +23,7 @@ RESNET, VGG, VIT = "resnet34.tv_in1k", "vgg16.tv_in1k", "vit_base_patch16_224.au
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRow:
     """One published row; None where a number was not published.
 
     Deviations are over batch means, not over images. `decoder` is this package's name of the decoder,
@@ -38,11 +38,11 @@ class Published:
     parameters: int | None
 
 
-def _row(source: str, parameters: int, psnr: Any, ssim: Any, lpips: Any) -> Published:
-    return Published((source,), "attention", psnr, ssim, lpips, parameters)
+def _row(source: str, parameters: int, psnr: Any, ssim: Any, lpips: Any) -> PublishedRow:
+    return PublishedRow((source,), "attention", psnr, ssim, lpips, parameters)
 
 
-FUSION = Published(
+FUSION = PublishedRow(
     (
         f"{RESNET}:layer1",
         f"{VGG}:block1",
@@ -74,21 +74,21 @@ PUBLISHED = (
 )
 
 
-def published(sources: Iterable[str], decoder: str) -> Published | None:
+def find_published(sources: Iterable[str], decoder: str) -> PublishedRow | None:
     """Return the published row for these sources (pinned tags, aliases of layers) and this decoder."""
     key = set(sources)
     return next((row for row in PUBLISHED if row.decoder == decoder and set(row.sources) == key), None)
 
 
 @dataclass(frozen=True)
-class Beside:
+class PublishedComparison:
     """One run with the published row that it repeats.
 
     `ours` are mean scores, without LPIPS where it was measured with another network than the published
     AlexNet; `ceiling` is None where no test images are kept; `why` says in sentences why the two may differ.
     """
 
-    published: Published
+    published: PublishedRow
     ours: dict[str, float | None]
     ceiling: Ceiling | None
     why: str
@@ -102,11 +102,11 @@ def published_finding(rows: Iterable[Row]) -> Finding | None:
     table = []
     for b in found:
         scores = [_pair(getattr(b.published, metric), b.ours[metric], metric) for metric in METRICS]
-        reach = f"{number(b.ceiling.psnr, 'psnr')} dB" if b.ceiling else "unknown"
+        reach = f"{format_score(b.ceiling.psnr, 'psnr')} dB" if b.ceiling else "unknown"
         table.append((" + ".join(b.published.sources), b.published.decoder, *scores, reach))
     scores = ("PSNR published → here", "SSIM", "LPIPS (alex)")
     header = ("features", "decoder", *scores, "best within the published range")
-    reasons = grouped(found, lambda b: b.why)
+    reasons = group_by(found, lambda b: b.why)
     paragraphs = [
         "Blazanovic and Khan (2025) on DIV2K; their deviations are over batch means. The last column is "
         "computed here: what a perfect decoder with the published pipeline's range would score on the test "
@@ -121,7 +121,7 @@ def published_finding(rows: Iterable[Row]) -> Finding | None:
     return Finding(
         "Beside the published figures",
         paragraphs=tuple(paragraphs),
-        tables=(Numbers("Published and here", header, tuple(table)),),
+        tables=(TextTable("Published and here", header, tuple(table)),),
         wide=True,
     )
 
@@ -130,11 +130,13 @@ def _pair(theirs: tuple[float, float | None] | None, ours: float | None, metric:
     published = "not published"
     if theirs is not None:
         mean, spread = theirs
-        published = number(mean, metric) + ("" if spread is None else f" ± {number(spread, metric)}")
-    return f"{published} → {'unavailable' if ours is None else number(ours, metric)}"
+        published = format_score(mean, metric) + (
+            "" if spread is None else f" ± {format_score(spread, metric)}"
+        )
+    return f"{published} → {'unavailable' if ours is None else format_score(ours, metric)}"
 
 
-def beside_published(rows: Iterable[Row]) -> list[Beside]:
+def beside_published(rows: Iterable[Row]) -> list[PublishedComparison]:
     """Pair every row that repeats a published row with that row.
 
     A row repeats another if sources, decoder and number of parameters agree (for the fusion: its name and
@@ -144,7 +146,7 @@ def beside_published(rows: Iterable[Row]) -> list[Beside]:
         AfterimageError: a kept image cannot be read
     """
     results = []
-    for same in grouped(rows, lambda row: row.data.test_digest).values():
+    for same in group_by(rows, lambda row: row.data.test_digest).values():
         images = originals(row.run for row in same)
         ceiling = published_ceiling(map(_pixels, images.values())) if images else None
         for row in same:
@@ -153,20 +155,20 @@ def beside_published(rows: Iterable[Row]) -> list[Beside]:
                 ours = {metric: score and score.mean for metric, score in row.scores.items()}
                 ours |= {} if row.lpips.net == "alex" else {"lpips": None}
                 why = why_they_differ(theirs, statistics.fmean(kept) if kept else None, ceiling)
-                results.append(Beside(theirs, ours, ceiling, why))
+                results.append(PublishedComparison(theirs, ours, ceiling, why))
     return results
 
 
-def _counterpart(row: Row) -> Published | None:
+def _counterpart(row: Row) -> PublishedRow | None:
     if row.kind != "decoder" or row.is_random:
         return None
-    theirs = published(row.sources, row.decoder)
+    theirs = find_published(row.sources, row.decoder)
     if theirs is FUSION:
         return theirs if row.fusion and (row.fusion.name, row.fusion.size) == ("attention", 28) else None
     return theirs if theirs and theirs.parameters == row.parameters else None
 
 
-def why_they_differ(row: Published, kept: float | None, ceiling: Ceiling | None) -> str:
+def why_they_differ(row: PublishedRow, kept: float | None, ceiling: Ceiling | None) -> str:
     """Explain why a published score and ours differ: documented facts, numbers computed here, inferences.
 
     `kept` is our mean PSNR over the kept test images, `ceiling` theirs; None where there are none.
@@ -174,14 +176,14 @@ def why_they_differ(row: Published, kept: float | None, ceiling: Ceiling | None)
     if ceiling is None:
         return "No test images are kept, so what the published range allows on them is not known."
     images = f"the {ceiling.count} test images kept" if ceiling.count > 1 else "the one test image kept"
-    best = f"{number(ceiling.psnr, 'psnr')} dB"
+    best = f"{format_score(ceiling.psnr, 'psnr')} dB"
     text = (
         "The published decoders end in a sigmoid and their targets are normalised. Computed here, if answers "
         f"are denormalised before they are scored: {100 * ceiling.unreachable:.0f} % of the values of {images} "
         f"are out of their reach, and a perfect decoder would have scored {best}."
     )
     if row is FUSION:
-        text += f" The published fusion's {number(row.psnr[0], 'psnr')} dB are "
+        text += f" The published fusion's {format_score(row.psnr[0], 'psnr')} dB are "
         if row.psnr[0] <= ceiling.psnr:
             return f"{text}not above that."
         return f"{text}above that: an inference is that it was scored in another way than the single rows."

@@ -18,7 +18,7 @@ import numpy as np
 
 from afterimage.config import PROTOCOLS, RANDOM_WEIGHTS, AfterimageError, short_names, split_source
 from afterimage.evaluation.intervals import mean_interval
-from afterimage.report.format import plain
+from afterimage.report.format import single_line
 from afterimage.runs.results import METRICS, Interval, Result
 from afterimage.runs.run import Run
 
@@ -27,7 +27,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 DECODERS = ("linear", "transposed", "attention", "wavelet", "frequency", "residual")
 """Order of decoders in tables; other decoders follow, by name."""
-SHOWN = ("sources", "seed", "lpips", "decoder.name", "fusion.")
+LISTED_SETTINGS = ("sources", "seed", "lpips", "decoder.name", "fusion.")
 """Prefixes of settings that have a column or an axis of their own, or do not change the result."""
 
 
@@ -119,15 +119,15 @@ class Row(Result):
     @property
     def order(self) -> tuple[Any, ...]:
         return (
-            self.is_fused, natural(self.encoder), self.control, self.fusion_letter,
-            tuple(f.order for f in self.features), [natural(s) for s in self.sources], self.decoder_order,
-            self.seed or 0, natural(self.run.name),
+            self.is_fused, natural_sort_key(self.encoder), self.control, self.fusion_letter,
+            tuple(f.order for f in self.features), [natural_sort_key(s) for s in self.sources], self.decoder_order,
+            self.seed or 0, natural_sort_key(self.run.name),
         )  # fmt: skip
 
     @property
     def decoder_order(self) -> tuple[Any, ...]:
         place = DECODERS.index(self.decoder) if self.decoder in DECODERS else len(DECODERS)
-        return place, natural(self.decoder), natural(self.variant)
+        return place, natural_sort_key(self.decoder), natural_sort_key(self.variant)
 
     @property
     def fusion_text(self) -> str:
@@ -149,7 +149,9 @@ class Row(Result):
     @cached_property
     def distinguishing(self) -> dict[str, Any]:
         """Settings that nothing else in a table shows, by their dotted names."""
-        return {key: value for key, value in flatten(self.settings).items() if not key.startswith(SHOWN)}
+        return {
+            key: value for key, value in flatten(self.settings).items() if not key.startswith(LISTED_SETTINGS)
+        }
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Rows:
         Raises:
             AfterimageError: the rows follow several protocols, whose figures must not share a column
         """
-        found = grouped(self.every, _protocol)
+        found = group_by(self.every, _protocol)
         if len(found) > 1:
             told = (
                 f"{name or 'study'} ({', '.join(row.run.name for row in rows[:3])})"
@@ -219,7 +221,7 @@ class Rows:
 def short_encoders(rows: Iterable[Row]) -> dict[str, str]:
     """Return encoder names for figures: without the weights' tag where they stay distinct."""
     names = short_names(row.encoder for row in rows if row.sources)
-    return {name: plain(short, 40) for name, short in names.items()}
+    return {name: single_line(short, 40) for name, short in names.items()}
 
 
 def lpips_nets(rows: Iterable[Row]) -> tuple[str, ...]:
@@ -251,10 +253,10 @@ def read_rows(runs: Iterable[Run]) -> Rows:
         reason = "no finished run to report" if unfinished else "there is no run to report"
         raise AfterimageError("\n  ".join([reason, *lines]))
     decoded = _with_variants(_with_letters([row for row in finished if not row.is_baseline]))
-    kinds = grouped(sorted(decoded, key=lambda row: row.order), lambda row: row.kind == "inversion")
+    kinds = group_by(sorted(decoded, key=lambda row: row.order), lambda row: row.kind == "inversion")
     decoders, inversions = (tuple(kinds.get(is_inversion, ())) for is_inversion in (False, True))
     baselines = [row for row in finished if row.is_baseline]
-    baselines.sort(key=lambda row: (row.scores["psnr"].mean, natural(row.label)))
+    baselines.sort(key=lambda row: (row.scores["psnr"].mean, natural_sort_key(row.label)))
     shown = decoders if decoders or baselines else inversions
     warnings = _warnings([*shown, *baselines])
     return Rows(shown, tuple(baselines), tuple(unfinished), tuple(warnings), inversions)
@@ -280,7 +282,7 @@ def _with_variants(rows: Sequence[Row]) -> list[Row]:
         return row.encoder, row.fusion_letter, row.origin, row.decoder, getattr(row.config, "answer", "")
 
     named = []
-    for members in grouped(rows, alike).values():
+    for members in group_by(rows, alike).values():
         keys = sorted({key for row in members for key in row.distinguishing})
         differing = [k for k in keys if len({str(row.distinguishing.get(k)) for row in members}) > 1]
         # Refinements start from a decoder of their layer; `start` is named only where a layer has several.
@@ -300,7 +302,7 @@ def _with_variants(rows: Sequence[Row]) -> list[Row]:
 def _warnings(rows: Sequence[Row]) -> Iterable[str]:
     tests = {row.data.test_digest for row in rows}
     counts = sorted({row.scores["psnr"].count for row in rows})
-    named = grouped(rows, lambda row: json.dumps(row.settings.get("data"), sort_keys=True, default=str))
+    named = group_by(rows, lambda row: json.dumps(row.settings.get("data"), sort_keys=True, default=str))
     changed = max(len({row.data.digest for row in alike}) for alike in named.values())
     if len(tests) > 1:
         yield f"The rows were measured on {len(tests)} sets of images: their scores do not compare."
@@ -370,7 +372,7 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
     """Group items by a key, keys and items in the order of their first appearance."""
     groups: dict[Key, list[Item]] = {}
     for item in items:
@@ -385,7 +387,7 @@ def mean_over_images(values: Sequence[float], metric: str = "") -> Interval:
     return mean_interval(np.array(values), *([METRICS[metric].limits] if metric else []))
 
 
-def pool(rows: Sequence[Row], metric: str) -> Interval | None:
+def mean_over_seeds(rows: Sequence[Row], metric: str) -> Interval | None:
     """Average runs that differ only in their seed, then compute the mean over images with its interval.
 
     Only images that all runs scored count; None where there are none."""
@@ -397,7 +399,7 @@ def pool(rows: Sequence[Row], metric: str) -> Interval | None:
     return mean_over_images(means, metric) if common else None
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
     """Return a sort key that puts `blocks.2` before `blocks.11`."""
     pieces = re.split(r"(\d+)", name)
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in pieces if p]

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from afterimage.config import PROTOCOLS, check_choice
-from afterimage.evaluation.intervals import NAME
+from afterimage.evaluation.intervals import INTERVAL_NAME
 from afterimage.report.format import (
-    NONE,
+    MISSING,
+    interval_ends,
     latex,
     markdown,
     markdown_code,
     markdown_grid,
-    plain,
-    span,
+    single_line,
     spreadsheet,
 )
-from afterimage.report.rows import Row, Rows, fusion_legend, grouped
+from afterimage.report.rows import Row, Rows, fusion_legend, group_by
 from afterimage.runs.results import METRICS, Score
 from afterimage.runtime.terminal import console
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-SPREADS = {"std": "± standard deviation", "interval": f"and its {NAME}"}
+SPREADS = {"std": "± standard deviation", "interval": f"and its {INTERVAL_NAME}"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Table:
         return tuple(self.lines[0].cells)
 
 
-def lay_out(rows: Rows, *, spread: str = "std") -> Table:
+def build_table(rows: Rows, *, spread: str = "std") -> Table:
     """Lay out the whole table. `spread` selects what follows a mean: `std` (deviation) or `interval`."""
     check_choice("spread", spread, SPREADS)
     protocol = rows.protocol
@@ -78,7 +78,7 @@ def lay_out(rows: Rows, *, spread: str = "std") -> Table:
     notes: dict[str, int] = {}
     lines = []
     for row in rows.all:
-        cells = _what(row, seeds, notes)
+        cells = _description_cells(row, seeds, notes)
         for (metric, net), mean in best.items():
             cells[heading(metric, net, protocol)] = _score(row, metric, net, mean, spread, notes)
         for metric, why in missing.items():
@@ -111,17 +111,17 @@ def lpips_reason(row: Row) -> str:
 
 def duration(seconds: float | int | None) -> str:
     if seconds is None:
-        return NONE
+        return MISSING
     if seconds < 99.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5940 else f"{seconds / 3600:.1f} h"
 
 
-def _what(row: Row, seeds: bool, notes: dict[str, int]) -> dict[str, Cell]:
+def _description_cells(row: Row, seeds: bool, notes: dict[str, int]) -> dict[str, Cell]:
     """Return the cells before the scores; those of a fusion have a line for itself and one for each source."""
 
     def for_each(lines: Iterable[str]) -> tuple[str, ...]:
-        return ("", *lines) if row.is_fused else tuple(lines) or (NONE,)
+        return ("", *lines) if row.is_fused else tuple(lines) or (MISSING,)
 
     names = row.sources or (row.label,)
     if row.is_fused:
@@ -131,11 +131,11 @@ def _what(row: Row, seeds: bool, notes: dict[str, int]) -> dict[str, Cell]:
         "features": names,
         "shape": for_each(row.shapes),
         "reduction": for_each(f"{reduction}×" for reduction in row.reductions),
-        "decoder": (row.decoder_label or NONE,),
-        "seed": (NONE if row.seed is None else str(row.seed),),
-        "weights": (NONE if row.is_baseline else weights_text(row.origin),),
-        "parameters": (NONE if row.is_baseline or row.parameters is None else f"{row.parameters:,}",),
-        "training": (NONE if row.is_baseline else seconds,),
+        "decoder": (row.decoder_label or MISSING,),
+        "seed": (MISSING if row.seed is None else str(row.seed),),
+        "weights": (MISSING if row.is_baseline else weights_text(row.origin),),
+        "parameters": (MISSING if row.is_baseline or row.parameters is None else f"{row.parameters:,}",),
+        "training": (MISSING if row.is_baseline else seconds,),
     }
     cells = {name: Cell(lines, loud=name == "weights" and row.is_random) for name, lines in texts.items()}
     cells["features"] = Cell(names, tuple(_number(notes, note) for note in row.notes))
@@ -152,14 +152,14 @@ def _score(row: Row, metric: str, net: str, best: str | None, spread: str, notes
     if score is None:
         return Cell(("unavailable",), (_number(notes, f"LPIPS is unavailable: {lpips_reason(row)}"),))
     if metric == "lpips" and row.lpips.net != net:
-        return Cell((NONE,))
+        return Cell((MISSING,))
     mean = _rounded(score, metric)
     around = ""
     if score.count > 1:
         around = f" ± {score.std:.{METRICS[metric].digits}f}"
         if spread == "interval":
             interval = row.intervals[metric]
-            around = f" {span(interval, metric, signed=False)}" if interval else ""
+            around = f" {interval_ends(interval, metric, signed=False)}" if interval else ""
     return Cell((mean + around,), bold=not row.is_baseline and mean == best)
 
 
@@ -191,7 +191,7 @@ _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def markdown_table(rows: Rows, *, spread: str = "std") -> str:
     """Write a GitHub Markdown table with its footnotes, a row for each run, baselines last."""
-    table = lay_out(rows, spread=spread)
+    table = build_table(rows, spread=spread)
     cells = ([_markdown_cell(cell, line.row) for cell in line.cells.values()] for line in table.lines)
     right = [markdown(name) for name in table.header if _is_right(name)]
     grid = markdown_grid([*map(markdown, table.header)], cells, right=right)
@@ -216,14 +216,14 @@ def _is_right(name: str) -> bool:
 
 def latex_table(rows: Rows, *, spread: str = "std") -> str:
     r"""Write a booktabs table, a group of rows for each encoder. Needs `\usepackage{booktabs,textcomp}`."""
-    table = lay_out(rows, spread=spread)
+    table = build_table(rows, spread=spread)
     header = [name for name in table.header if name != "weights"]
     columns = "".join("r" if _is_right(name) else "l" for name in header)
     lines = [
         r"% \usepackage{booktabs,textcomp}", rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}", r"\toprule",
         _latex_line(map(latex, header)), r"\midrule",
     ]  # fmt: skip
-    for i, (group, members) in enumerate(grouped(table.lines, lambda line: line.group).items()):
+    for i, (group, members) in enumerate(group_by(table.lines, lambda line: line.group).items()):
         lines += [r"\addlinespace"] if i else []
         lines.append(rf"\multicolumn{{{len(header)}}}{{@{{}}l}}{{{_latex_heading(*group)}}} \\")
         for line in members:
@@ -302,20 +302,20 @@ def _record(row: Row) -> dict[str, Any]:
     record["passes"] = row.config.inversion.steps if row.inversion else None
     record["lpips_net"] = row.lpips.net if row.scores["lpips"] else ""
     record["lpips_reason"] = "" if row.scores["lpips"] else lpips_reason(row)
-    record["notes"] = "; ".join(map(plain, row.notes))
+    record["notes"] = "; ".join(map(single_line, row.notes))
     return {key: spreadsheet(value) if isinstance(value, str) else value for key, value in record.items()}
 
 
 # Columns dropped in this order until the table fits; "±" is the spread after each score.
-EXPENDABLE = ("reduction", "±", "shape", "parameters", "training", "seed")
+OPTIONAL_COLUMNS = ("reduction", "±", "shape", "parameters", "training", "seed")
 HEADING = 24
 
 
 def console_table(rows: Rows, *, width: int | None = None) -> RichTable:
     """Build a rich `Table` of at most `width` columns (default: the terminal's), captioned by footnotes."""
-    screen, layout = console(width), lay_out(rows)
-    for count in range(len(EXPENDABLE) + 1):
-        table = _build(rows, layout, EXPENDABLE[:count])
+    screen, layout = console(width), build_table(rows)
+    for count in range(len(OPTIONAL_COLUMNS) + 1):
+        table = _build(rows, layout, OPTIONAL_COLUMNS[:count])
         if table.__rich_measure__(screen, screen.options.update(max_width=10_000)).maximum <= screen.width:
             break
     return table
@@ -327,8 +327,8 @@ def _build(rows: Rows, layout: Table, dropped: tuple[str, ...]) -> RichTable:
     from rich.text import Text
 
     caption = [layout.remark, *fusion_legend(rows.decoders)]
-    caption += [f"{superscript([i])} {plain(note)}" for i, note in enumerate(layout.footnotes, 1)]
-    caption += [f"! {plain(str(warning))}" for warning in (*rows.warnings, *rows.unfinished)]
+    caption += [f"{superscript([i])} {single_line(note)}" for i, note in enumerate(layout.footnotes, 1)]
+    caption += [f"! {single_line(str(warning))}" for warning in (*rows.warnings, *rows.unfinished)]
     table = RichTable(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=Text("\n".join(caption)), caption_justify="left"
     )  # fmt: skip
@@ -339,7 +339,7 @@ def _build(rows: Rows, layout: Table, dropped: tuple[str, ...]) -> RichTable:
             table.add_column(header, overflow="fold")
         else:
             table.add_column(header, justify="right", no_wrap=True)
-    for (encoder, weights), lines in grouped(layout.lines, lambda line: line.group).items():
+    for (encoder, weights), lines in group_by(layout.lines, lambda line: line.group).items():
         style = "bold red" if "random" in weights else "bold"
         table.add_row(Text("\n".join(_heading(encoder, weights)), style=style))
         for line in lines:
@@ -355,7 +355,7 @@ def _heading(encoder: str, weights: str) -> list[str]:
     if not encoder:
         return ["baselines"]
     weights = f"{weights.upper()} WEIGHTS" if "random" in weights else weights
-    name = plain(encoder, 60)
+    name = single_line(encoder, 60)
     if len(name) + len(weights) + 2 <= HEADING:
         return [f"{name}, {weights}"]
     model, dot, tag = name.partition(".")
@@ -366,7 +366,7 @@ def _text(cell: Cell, has_spread: bool, indent: str = "") -> Text:
     """Style the first line of a cell; the caption contains the further lines of a fusion."""
     from rich.text import Text
 
-    text = plain(cell.lines[0], 44)
+    text = single_line(cell.lines[0], 44)
     text = text if has_spread else text.partition(" ± ")[0]
-    style = "bold green" if cell.bold else "dim" if text in (NONE, "unavailable") else ""
+    style = "bold green" if cell.bold else "dim" if text in (MISSING, "unavailable") else ""
     return Text(indent + text, style=style).append(superscript(cell.marks), style="dim")

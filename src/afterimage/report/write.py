@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from afterimage.config import RANDOM_WEIGHTS, AfterimageError, counted
+from afterimage.config import RANDOM_WEIGHTS, AfterimageError, format_count
 from afterimage.report.format import (
     markdown,
     markdown_block,
     markdown_code,
     markdown_finding,
     markdown_grid,
-    plain,
+    single_line,
 )
 from afterimage.report.page.page import write_page
 from afterimage.report.rows import Row, Rows, flatten, read_rows
 from afterimage.report.tables import csv_table, latex_table, markdown_table
-from afterimage.runs.files import read_json, remove_leftovers, write_atomic
+from afterimage.runs.files import read_json, remove_temporary_files, write_atomic
 from afterimage.runs.run import Run
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 if TYPE_CHECKING:
     from afterimage.report.figures import Drawing
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 Figures = dict[str, list[Any]]
 """Figures by their place: `bound`, with the measured bound and before everything else, or `rest`."""
-FRONT = ("kept", "kept-by-depth")
+BOUND_FIGURES = ("kept", "kept-by-depth")
 """Names of the figures in the place `bound`."""
 ON_PAGE = ("kept-by-depth", "training-curves", "distributions", "controls", "lost-by", "rate")
 """Beginnings of the names of figures that the page embeds; it draws the others itself."""
-ABANDONED = 3600.0
+STALE_SECONDS = 3600.0
 """Age in seconds from which a half-written file is a killed process's; others may be in use."""
 TITLE = "How much of an image is left in the features?"
 
 
 def write_report(
     runs: Iterable[Run], out: str | Path, *, title: str = TITLE, sections: Sequence[tuple[str, str]] = (),
-    spread: str = "std", progress: Progress = silent,
+    spread: str = "std", progress: Progress = no_progress,
 ) -> dict[str, Path]:  # fmt: skip
     """Write the report of these runs.
 
@@ -67,11 +67,11 @@ def write_report(
     """
     from afterimage.report.bounds import bounds_of
     from afterimage.report.controls import control_findings
-    from afterimage.report.findings import answer, markdown_findings
+    from afterimage.report.findings import compute_findings, markdown_findings
     from afterimage.report.inversion import bound_findings
 
     rows, out, written = read_rows(runs), Path(out), {}
-    remove_leftovers(out, older=ABANDONED)
+    remove_temporary_files(out, older=STALE_SECONDS)
 
     def write(name: str, content: str | bytes) -> Path:
         written[name] = out / name
@@ -83,7 +83,7 @@ def write_report(
     write("table.tex", latex_table(rows, spread=spread))
     # The statistics compare decoders, not inversions.
     found = bounds_of(rows)
-    answers = answer([row for row in rows.all if row.kind != "inversion"], found)
+    answers = compute_findings([row for row in rows.all if row.kind != "inversion"], found)
     write("findings.json", answers.json)
     bounds = bound_findings(found)
     more = [*([answers.beside] if answers.beside else []), *control_findings(rows.decoders)]
@@ -100,7 +100,7 @@ def write_report(
         problems.append(f"The page index.html could not be written: {error}")
         (out / "index.html").unlink(missing_ok=True)  # an earlier report's page must not pass for this one's
     parts = [
-        f"# {markdown(title)}", _sentence(rows), *_alarms(rows, problems),
+        f"# {markdown(title)}", _sentence(rows), *_warning_blocks(rows, problems),
         *(["Also as [a page](index.html) with every image and chart."] if "index.html" in written else []),
         *(block for finding in bounds for block in markdown_finding(finding, "##")), *figures["bound"],
         "## Results",
@@ -121,19 +121,19 @@ def _draw(
     rows: Rows, write: Callable[[str, bytes], Path], progress: Progress, problems: list[str]
 ) -> tuple[Figures, Figures]:
     """Draw and write the figures; return those of report.md as Markdown, and text and file of those on the page."""
-    from afterimage.report.figures import UNDRAWABLE, draw, render
+    from afterimage.report.figures import DRAWING_ERRORS, draw, render
 
     figures: Figures = {"bound": [], "rest": []}
     on_page: Figures = {"bound": [], "rest": []}
     for drawing in draw(rows, progress, problems):
         try:
             png, svg = render(drawing.figure)
-        except UNDRAWABLE as error:
+        except DRAWING_ERRORS as error:
             problems.append(f"The figure {drawing.name} could not be drawn: {error}")
             continue
         file = write(f"figures/{drawing.name}.png", png)
         write(f"figures/{drawing.name}.svg", svg)
-        place = "bound" if drawing.name in FRONT else "rest"
+        place = "bound" if drawing.name in BOUND_FIGURES else "rest"
         figures[place].append(_figure(drawing))
         if drawing.name.startswith(ON_PAGE):
             on_page[place].append((drawing.caption if place == "bound" else drawing.title, file))
@@ -147,11 +147,11 @@ def _sentence(rows: Rows) -> str:
     images = {markdown(r.data.test or r.data.source) for r in rows.all}
     parts = []
     if rows.decoders:
-        layers = f"{counted(len(sources), 'layer')} of {counted(len(models), 'frozen encoder')}"
-        runs = counted(len(rows.decoders), "run")
-        parts.append(f"{runs} on {layers} with {counted(len(decoders), 'decoder')}")
+        layers = f"{format_count(len(sources), 'layer')} of {format_count(len(models), 'frozen encoder')}"
+        runs = format_count(len(rows.decoders), "run")
+        parts.append(f"{runs} on {layers} with {format_count(len(decoders), 'decoder')}")
     if rows.baselines:
-        parts.append(counted(len(rows.baselines), "baseline"))
+        parts.append(format_count(len(rows.baselines), "baseline"))
     return (
         "A decoder rebuilds images from the features of a frozen vision encoder; what comes back, measured "
         f"on images that it was not trained on, tells what the features kept. {', '.join(parts)}. "
@@ -159,11 +159,11 @@ def _sentence(rows: Rows) -> str:
     )
 
 
-def _alarms(rows: Rows, problems: Sequence[str]) -> Iterable[str]:
+def _warning_blocks(rows: Rows, problems: Sequence[str]) -> Iterable[str]:
     """Yield a block of warnings to show before the first number, if there are any."""
     loud = [*rows.warnings, *problems]
     if rows.unfinished:
-        loud.append(f"{counted(len(rows.unfinished), 'run')} not finished: see below.")
+        loud.append(f"{format_count(len(rows.unfinished), 'run')} not finished: see below.")
     if loud:
         yield "\n>\n".join(["> [!WARNING]", *(f"> **{markdown(warning)}**" for warning in loud)])
 
@@ -172,7 +172,9 @@ def _figure(drawing: Drawing) -> str:
     title, file = markdown(drawing.title), f"figures/{drawing.name}"
     shown = f"![{title}]({file}.png)\n\n{markdown(drawing.caption)} ([SVG]({file}.svg))"
     if drawing.folded:
-        return f"<details><summary>{html.escape(plain(drawing.title))}</summary>\n\n{shown}\n\n</details>"
+        return (
+            f"<details><summary>{html.escape(single_line(drawing.title))}</summary>\n\n{shown}\n\n</details>"
+        )
     return f"### {title}\n\n{shown}"
 
 
@@ -245,5 +247,5 @@ def _environment(facts: Mapping[str, Any]) -> str:
 
 def _command(facts: Mapping[str, Any]) -> str:
     command = facts.get("command")
-    text = shlex.join(map(str, command)) if isinstance(command, list) else plain(command or "")
+    text = shlex.join(map(str, command)) if isinstance(command, list) else single_line(command or "")
     return markdown_code(text) if text else "not recorded"

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afterimage.config import AfterimageError, shown
+from afterimage.config import AfterimageError, printable_path
 from afterimage.runs.results import AttackFacts
 from afterimage.runs.run import Run
 
-BLIND = "no features"
+NO_FEATURES_ATTACKER = "no features"
 """Name of the attacker without features, who answers with the mean of their own images."""
 
 
@@ -25,12 +25,14 @@ class Attack(AttackFacts):
     def of(cls, run: Run, root: Path) -> Attack:
         result = run.result
         if result.attack is None:
-            raise AfterimageError(f"{shown(run.path)} holds no attack, but a result of kind {result.kind}")
+            raise AfterimageError(
+                f"{printable_path(run.path)} holds no attack, but a result of kind {result.kind}"
+            )
         return cls(**vars(result.attack), notes=result.notes, folder=str(run.path.relative_to(root)))
 
 
 @dataclass
-class Results:
+class AuditResults:
     """Measurements of an audit: `rows` of attacks, `blind` attacks without features, `costs` by layer and defence."""
 
     subject: dict[str, Any]
@@ -43,7 +45,7 @@ class Results:
     """Pairs of layer and defence for which at least one attacker could not be measured."""
 
 
-SIDE = 112
+COMPARISON_SIDE = 112
 """Shorter side in pixels of images when they are compared; smaller images keep their size."""
 
 DISTANCES = {

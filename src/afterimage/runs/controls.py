@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from afterimage.config import AfterimageError, from_dict, shown
+from afterimage.config import AfterimageError, from_dict, printable_path
 from afterimage.runs.files import check_number, read_csv, read_object, write_csv, write_json
 from afterimage.runs.results import LpipsStatus, Score
 from afterimage.runs.run import Run
 
 FORMAT = 1
 """Version of the files' content; files of another version are measured again."""
-STAND_INS = {
+ABLATIONS = {
     "another": "another image's features",
     "shuffled": "shuffled features",
     "mean": "mean features",
@@ -30,7 +30,7 @@ REGIONS = ("flat", "edge", "texture")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class ControlResult:
     """Facts common to all parts: the number of test images, and the SHA-256 digest of the measured decoder."""
 
     images: int
@@ -51,12 +51,12 @@ class Distances:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Controls(Measured):
+class Controls(ControlResult):
     """Scores of the decoder on features other than the image's own.
 
     Attributes:
         lpips: LPIPS network of the scores
-        controls: scores for each of `STAND_INS`, and for the image's `own` features
+        controls: scores for each of `ABLATIONS`, and for the image's `own` features
         distances: distances between features
     """
 
@@ -104,7 +104,7 @@ class Spectra:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErrorBreakdown(Measured):
+class ErrorBreakdown(ControlResult):
     """Error of reconstructions by frequency (cycles per pixel), plane, position and kind of region."""
 
     frequencies: tuple[float, ...]
@@ -146,7 +146,7 @@ class CodecPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RateDistortion(Measured):
+class RateDistortion(ControlResult):
     """Rate and distortion of coded features and of codecs; `range` are the quantiles that the quantiser spans."""
 
     coder: str
@@ -165,14 +165,14 @@ class RateDistortion(Measured):
             raise AfterimageError("codecs must hold a lossless one, whose psnr is null")
 
 
-PARTS: dict[str, type[Measured]] = {
+CONTROL_TYPES: dict[str, type[ControlResult]] = {
     "controls": Controls,
     "error_breakdown": ErrorBreakdown,
     "rate_distortion": RateDistortion,
 }
 """Parts of the controls by the names of their files."""
 COLUMNS = {
-    "controls": tuple(f"{name}_psnr" for name in ("own", *STAND_INS)),
+    "controls": tuple(f"{name}_psnr" for name in ("own", *ABLATIONS)),
     "error_breakdown": tuple(f"psnr_{plane}" for plane in PLANES),
     "rate_distortion": ("bits", "psnr"),
 }
@@ -188,7 +188,7 @@ def write_part(run: Run, part: str, facts: Mapping[str, Any], rows: Rows) -> Non
 
 
 def read_part(run: Run, part: str) -> tuple[Any, Rows]:
-    """Read a part: the facts, of its type in `PARTS`, and the rows by image.
+    """Read a part: the facts, of its type in `CONTROL_TYPES`, and the rows by image.
 
     Raises:
         AfterimageError: a file is missing, damaged or of another version; the message names the file and the key
@@ -196,16 +196,16 @@ def read_part(run: Run, part: str) -> tuple[Any, Rows]:
     path = run.file(f"{part}.json")
     values = read_object(path, "format", FORMAT)
     try:
-        facts = from_dict(PARTS[part], values)
+        facts = from_dict(CONTROL_TYPES[part], values)
     except AfterimageError as error:
-        raise AfterimageError(f"{shown(path)}: {error}") from None
+        raise AfterimageError(f"{printable_path(path)}: {error}") from None
     path = path.with_suffix(".csv")
     rows = read_csv(path)
     if not rows:
-        raise AfterimageError(f"{shown(path)} has no rows")
+        raise AfterimageError(f"{printable_path(path)} has no rows")
     for row in rows:
         for column in COLUMNS[part]:
             check_number(path, row, column)
     if part == "rate_distortion" and {p.bits for p in facts.points} != {row["bits"] for row in rows}:
-        raise AfterimageError(f"{shown(path)} and {part}.json hold different bits")
+        raise AfterimageError(f"{printable_path(path)} and {part}.json hold different bits")
     return facts, rows

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from afterimage.config import AfterimageError, read_text, shown
+from afterimage.config import AfterimageError, printable_path, read_text
 
 MAX_PIXELS = 2**26
 """Largest number of pixels of an image in a run folder."""
 
-LEFTOVER = ".part"
+TEMPORARY_SUFFIX = ".part"
 """Suffix of files that are being written; one that remains was left by a killed process."""
 
 
@@ -34,7 +34,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         path: the file; missing folders are created
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -57,17 +57,17 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         with atomic_file(Path(path)) as file:
             file.write(content)
     except OSError as error:
-        raise AfterimageError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+        raise AfterimageError(f"cannot write {printable_path(path)}: {error.strerror or error}") from error
 
 
-def remove_leftovers(folder: Path, names: Iterable[str] | None = None, *, older: float = 0.0) -> None:
+def remove_temporary_files(folder: Path, names: Iterable[str] | None = None, *, older: float = 0.0) -> None:
     """Remove partly written files that did not change for `older` seconds.
 
     `names` are files in the folder, for those of these files alone; None means all at any depth.
     """
     own = None if names is None else frozenset(names)
-    for path in folder.glob(f"{'**/' if own is None else ''}.*.*{LEFTOVER}"):
-        if own is None or path.name[1:].removesuffix(LEFTOVER).rpartition(".")[0] in own:
+    for path in folder.glob(f"{'**/' if own is None else ''}.*.*{TEMPORARY_SUFFIX}"):
+        if own is None or path.name[1:].removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in own:
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime >= older:
                     path.unlink()
@@ -92,16 +92,16 @@ def write_json(path: str | Path, value: Any) -> None:
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal; raise `AfterimageError` if it cannot be read."""
     if path.exists() and not path.is_file():
-        raise AfterimageError(f"cannot read {shown(path)}: it is not a regular file")
+        raise AfterimageError(f"cannot read {printable_path(path)}: it is not a regular file")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read {printable_path(path)}: {error.strerror}") from None
 
 
 # Lone surrogates, except those by which Python writes undecodable bytes in file names (PEP 383).
-_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+_LONE_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 def read_json(path: str | Path) -> Any:
@@ -109,11 +109,11 @@ def read_json(path: str | Path) -> Any:
     text = read_text(path)
     try:
         value = json.loads(text)
-        if "\\u" in text and (half := _HALF.search(json.dumps(value, ensure_ascii=False))):
+        if "\\u" in text and (half := _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False))):
             raise ValueError(f"{half[0]!r} is half a character")
         return value
     except (ValueError, RecursionError) as error:
-        raise AfterimageError(f"{shown(path)} is not valid JSON: {error}") from None
+        raise AfterimageError(f"{printable_path(path)} is not valid JSON: {error}") from None
 
 
 def read_object(path: str | Path, version: str = "", expected: int = 0) -> dict[str, Any]:
@@ -124,9 +124,11 @@ def read_object(path: str | Path, version: str = "", expected: int = 0) -> dict[
     """
     values = read_json(path)
     if not isinstance(values, dict):
-        raise AfterimageError(f"{shown(path)} must hold a JSON object, got {values!r:.80}")
+        raise AfterimageError(f"{printable_path(path)} must hold a JSON object, got {values!r:.80}")
     if version and (found := values.pop(version, None)) != expected:
-        raise AfterimageError(f"{shown(path)} has {version} {found!r:.80}; this version reads {expected}")
+        raise AfterimageError(
+            f"{printable_path(path)} has {version} {found!r:.80}; this version reads {expected}"
+        )
     return values
 
 
@@ -164,14 +166,14 @@ def read_image(path: str | Path, content: bytes | None = None) -> Any:
         with Image.open(io.BytesIO(content) if content is not None else path, formats=["PNG"]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise AfterimageError(
-                    f"cannot read the image {shown(path)}: it has over {MAX_PIXELS:,} pixels"
+                    f"cannot read the image {printable_path(path)}: it has over {MAX_PIXELS:,} pixels"
                 )
             image.load()
             return image
     except AfterimageError:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
-        raise AfterimageError(f"cannot read the image {shown(path)}: {error}") from None
+        raise AfterimageError(f"cannot read the image {printable_path(path)}: {error}") from None
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
@@ -186,12 +188,12 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
         for row in reader:
             if None in row or None in row.values():
                 raise AfterimageError(
-                    f"{shown(path)}, line {reader.line_num}: the row does not have the header's "
+                    f"{printable_path(path)}, line {reader.line_num}: the row does not have the header's "
                     f"{len(reader.fieldnames or ())} cells"
                 )
             rows.append({k: v if k == "id" else _number(v) for k, v in row.items()})
     except csv.Error as error:
-        raise AfterimageError(f"cannot read {shown(path)}: {error}") from None
+        raise AfterimageError(f"cannot read {printable_path(path)}: {error}") from None
     return rows
 
 
@@ -200,7 +202,7 @@ def check_number(path: Path, row: Mapping[str, Any], column: str) -> None:
     value = row.get(column)
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise AfterimageError(
-            f"{shown(path)}: {column} of image {row.get('id')!r:.200} is {value!r:.80}, not a finite number"
+            f"{printable_path(path)}: {column} of image {row.get('id')!r:.200} is {value!r:.80}, not a finite number"
         )
 
 

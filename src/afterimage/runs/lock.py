@@ -3,11 +3,11 @@
 A lock is a file `lock.N`, created exclusively, that names the process that holds it; the holder touches it every few
 seconds. A process that finds only locks of dead holders creates the file with the next higher number: of several
 processes that try, one succeeds, and no file has to be removed first. Exclusive creation is all that the file system
-must support; if no file can be created, `CannotLock` is raised. The process then looks again and backs off if another
-live lock exists, which can happen if the folder was empty in between.
+must support; if no file can be created, `LockUnavailable` is raised. The process then looks again and backs off if
+another live lock exists, which can happen if the folder was empty in between.
 
 On the holder's own machine a lock is dead if its process has ended. On other machines it is dead if it has not been
-touched for `PATIENCE` seconds by the waiting process's own monotonic clock; wall clocks are not compared.
+touched for `STALE_SECONDS` seconds by the waiting process's own monotonic clock; wall clocks are not compared.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from afterimage.config import AfterimageError, shown
-from afterimage.runtime.process import Holder, LockLost, ended, is_local, this_process
+from afterimage.config import AfterimageError, printable_path
+from afterimage.runtime.process import LockLost, ProcessIdentity, has_ended, is_local, this_process
 
-BEAT = 10.0
+HEARTBEAT_SECONDS = 10.0
 """Seconds between two signs of life."""
-PATIENCE = 90.0
+STALE_SECONDS = 90.0
 """Seconds without a sign of life after which a holder on another machine counts as dead."""
 
-POLL = 1.0
+POLL_SECONDS = 1.0
 """Seconds between two attempts to take a lock."""
 
 
-class CannotLock(AfterimageError):
+class LockUnavailable(AfterimageError):
     """A lock's file that cannot be created; `__cause__` is the `OSError`."""
 
 
@@ -42,7 +42,7 @@ class Lock:
 
     def __init__(self, folder: Path, log: Callable[[str], None] = lambda text: None) -> None:
         self.folder, self.log = folder, log
-        self.holder: Holder | None = None
+        self.holder: ProcessIdentity | None = None
         """Holder of the lock at the last failed attempt to take it."""
         self.lost = False
         self._mine: Path | None = None
@@ -84,7 +84,7 @@ class Lock:
         if self.lost:
             raise LockLost(
                 f"{self.folder.name}: another process took this run over, since this one gave no sign of life for "
-                f"{PATIENCE:g} seconds"
+                f"{STALE_SECONDS:g} seconds"
             )
 
     def release(self) -> None:
@@ -112,13 +112,13 @@ class Lock:
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.unlink()
-            raise CannotLock(f"cannot write {shown(path)}: {error.strerror}") from error
+            raise LockUnavailable(f"cannot write {printable_path(path)}: {error.strerror}") from error
         return True
 
     def _alive(self, path: Path) -> bool:
         holder = _read(path)
         if holder is not None and is_local(holder):
-            return not ended(holder)
+            return not has_ended(holder)
         try:
             with open(path, "rb") as file:  # opening makes a network file system refresh its attributes
                 state = os.fstat(file.fileno())
@@ -130,16 +130,16 @@ class Lock:
         if sign != before:
             since = now
         self._seen[path] = sign, since
-        return now - since < PATIENCE
+        return now - since < STALE_SECONDS
 
     def _beat(self, path: Path) -> None:
-        while not self._released.wait(BEAT):
+        while not self._released.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(path)
 
 
 @contextlib.contextmanager
-def held(folder: Path, log: Callable[[str], None]) -> Iterator[Lock]:
+def hold_lock(folder: Path, log: Callable[[str], None]) -> Iterator[Lock]:
     """Hold the lock of an existing folder inside the block, after waiting for the process that has it.
 
     `log` is told when this process has to wait, and when a dead process's lock is taken over.
@@ -153,7 +153,7 @@ def held(folder: Path, log: Callable[[str], None]) -> Iterator[Lock]:
         if not waited:
             log(f"{folder.name}: waiting for {lock.holder or 'another process'}")
         waited = True
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
     try:
         yield lock
     finally:
@@ -164,10 +164,10 @@ def _number(path: Path) -> int:
     return int(path.suffix[1:])
 
 
-def _read(path: Path) -> Holder | None:
+def _read(path: Path) -> ProcessIdentity | None:
     """Return the holder that a lock file names; None if the file is gone or is just being written."""
     try:
         pid, started, machine = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(int(pid), str(started), str(machine))
+        return ProcessIdentity(int(pid), str(started), str(machine))
     except (OSError, ValueError, TypeError):
         return None

@@ -13,9 +13,9 @@ from afterimage.config import (
     AfterimageError,
     RunConfig,
     from_dict,
-    listed,
+    join_names,
     split_provider,
-    unknown,
+    unknown_choice_error,
 )
 from afterimage.runs.results import CONFIG, SCORES, SUMMARY
 
@@ -57,7 +57,7 @@ class PublishedDecoder:
         if not re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*)?", self.folder):
             raise AfterimageError(f"folder {self.folder!r:.200} is no name of a folder")
         if missing := [name for name in FILES if name not in self.sha256]:
-            raise AfterimageError(f"sha256 has nothing of {listed(missing)}")
+            raise AfterimageError(f"sha256 has nothing of {join_names(missing)}")
 
     def file(self, name: str) -> str:
         """Return the path of one of `FILES` in the repository."""
@@ -103,11 +103,11 @@ class Manifest:
             AfterimageError: there is no decoder of that name, or several decoders and no name
         """
         if name and name not in self.decoders:
-            raise unknown("decoder", name, self.decoders)
+            raise unknown_choice_error("decoder", name, self.decoders)
         if not name and len(self.decoders) > 1:
             raise AfterimageError(
                 f"it holds {len(self.decoders)} decoders; name one of them behind the repository, "
-                f"USER/NAME/DECODER: {listed(list(self.decoders), 40)}"
+                f"USER/NAME/DECODER: {join_names(list(self.decoders), 40)}"
             )
         return self.decoders[name or next(iter(self.decoders))]
 

@@ -24,10 +24,10 @@ from afterimage.config import (
     check_positive,
     from_dict,
     load_toml,
-    shown,
+    printable_path,
     split_source,
     to_dict,
-    unknown,
+    unknown_choice_error,
 )
 from afterimage.config.inversion import InversionConfig
 from afterimage.runs.files import check_number, read_csv, read_object, write_csv, write_json
@@ -140,7 +140,7 @@ class FeatureMap(FeatureSpec):
 
 
 @dataclass(frozen=True)
-class UsedWeights:
+class WeightsRecord:
     """Weights and code of one network, see `models.weights.Weights`.
 
     `label` is `pretrained` or the name of a random control.
@@ -169,7 +169,7 @@ class LpipsStatus:
     net: str
     available: bool = False
     reason: str | None = None
-    weights: UsedWeights | None = None
+    weights: WeightsRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _check_scores(name: str, scores: Mapping[str, Score | None]) -> None:
 
 
 @dataclass(frozen=True)
-class DecoderAlone:
+class StartDecoder:
     """Scores on the same images of the decoder that an inversion starts from, and its seconds for each image.
 
     `feature_loss` is the mean relative distance `|f - f0|^2 / |f0|^2` between the features `f` of its reconstructions
@@ -264,7 +264,7 @@ class InversionFacts:
     start: str = ""
     start_decoder: str = ""
     start_sha256: str = ""
-    decoder_alone: DecoderAlone | None = None
+    decoder_alone: StartDecoder | None = None
     controls: BoundControls | None = None
 
 
@@ -283,7 +283,7 @@ class Attacker:
 
 
 @dataclass(frozen=True)
-class Worst:
+class WorstCase:
     """Id and SSIM of the image that an attacker reconstructed best: the worst case for its owner."""
 
     id: str
@@ -291,7 +291,7 @@ class Worst:
 
 
 @dataclass(frozen=True)
-class SeenPart:
+class VisibleRegion:
     """Part of the images that a layer's locations see: first pixel, and pixel after the last, along each axis.
 
     `share` is its share of all pixels, `unseen` a remark on the others.
@@ -315,12 +315,12 @@ class AttackFacts:
     defence: str
     attacker: Attacker
     scores: Mapping[str, Interval | None]
-    worst: Worst
+    worst: WorstCase
     identification: Mapping[str, Interval]
     candidates: int
     chance: float
     seconds: float
-    seen: SeenPart | None = None
+    seen: VisibleRegion | None = None
     scores_seen: Mapping[str, Interval | None] | None = None
 
 
@@ -342,7 +342,7 @@ class Result:
     scores: Mapping[str, Score | None]
     per_image: tuple[Mapping[str, Any], ...]
     features: tuple[FeatureMap, ...] = ()
-    weights: tuple[UsedWeights, ...] = ()
+    weights: tuple[WeightsRecord, ...] = ()
     fusion_weights: tuple[float, ...] = ()
     training: TrainingFacts | None = None
     inversion: InversionFacts | None = None
@@ -352,7 +352,7 @@ class Result:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise unknown("kind of result", self.kind, KINDS)
+            raise unknown_choice_error("kind of result", self.kind, KINDS)
         part = {"decoder": "training", "inversion": "inversion", "attack": "attack"}.get(self.kind)
         if part and getattr(self, part) is None:
             raise AfterimageError(f"a result of kind {self.kind} needs {part}")
@@ -450,13 +450,15 @@ def read_result(folder: Path) -> Result:
     values = read_object(path, "version", VERSION)
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise AfterimageError(f"{shown(path)}: {unknown('kind of result', str(kind), KINDS)}")
+        raise AfterimageError(
+            f"{printable_path(path)}: {unknown_choice_error('kind of result', str(kind), KINDS)}"
+        )
     config = KINDS[kind] and load_toml(KINDS[kind], folder / CONFIG)
     rows = _read_scores(folder / SCORES)
     try:
         return from_dict(Result, values | {"config": config, "per_image": rows})
     except AfterimageError as error:
-        raise AfterimageError(f"{shown(path)}: {error}") from None
+        raise AfterimageError(f"{printable_path(path)}: {error}") from None
 
 
 def _read_scores(path: Path) -> list[dict[str, Any]]:
@@ -464,12 +466,12 @@ def _read_scores(path: Path) -> list[dict[str, Any]]:
     rows, seen = read_csv(path), set()
     for row in rows:
         if not row.get("id"):
-            raise AfterimageError(f"{shown(path)} has no column 'id', or a row without one")
+            raise AfterimageError(f"{printable_path(path)} has no column 'id', or a row without one")
         if row["id"] in seen:
-            raise AfterimageError(f"{shown(path)} scores image {row['id']!r:.200} twice")
+            raise AfterimageError(f"{printable_path(path)} scores image {row['id']!r:.200} twice")
         seen.add(row["id"])
         if missing := METRICS.keys() - row.keys():
-            raise AfterimageError(f"{shown(path)} has no column {', '.join(sorted(missing))}")
+            raise AfterimageError(f"{printable_path(path)} has no column {', '.join(sorted(missing))}")
         for column, value in row.items():
             if column != "id" and value is not None:
                 check_number(path, row, column)

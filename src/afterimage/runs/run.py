@@ -23,21 +23,27 @@ from afterimage.config import (
     dump_toml,
     from_dict,
     load_toml,
-    shown,
+    printable_path,
 )
 from afterimage.config.inversion import InversionConfig
 from afterimage.runs.files import (
     read_csv,
     read_json,
     read_object,
-    remove_leftovers,
+    remove_temporary_files,
     write_atomic,
     write_csv,
     write_image,
     write_json,
 )
 from afterimage.runs.results import SUMMARY, Result, read_result, write_result
-from afterimage.runtime.failures import Unexpected, as_error, foreseen, story, words
+from afterimage.runtime.failures import (
+    UnexpectedError,
+    error_message,
+    is_expected,
+    to_afterimage_error,
+    traceback_text,
+)
 from afterimage.runtime.terminal import printable
 
 
@@ -54,16 +60,20 @@ def check_folder(path: str | Path, setting: str, *, writable: bool = True) -> No
         except (FileNotFoundError, NotADirectoryError):
             if place.is_symlink():
                 raise AfterimageError(
-                    f"{setting} {shown(path)}: {shown(place)} is a link to nothing"
+                    f"{setting} {printable_path(path)}: {printable_path(place)} is a link to nothing"
                 ) from None
             continue
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise AfterimageError(f"{setting} {shown(path)}: {reason}") from None
+            raise AfterimageError(f"{setting} {printable_path(path)}: {reason}") from None
         if not stat.S_ISDIR(mode):
-            raise AfterimageError(f"{setting} {shown(path)}: {shown(place)} is a file, not a folder")
+            raise AfterimageError(
+                f"{setting} {printable_path(path)}: {printable_path(place)} is a file, not a folder"
+            )
         if writable and not os.access(place, os.W_OK | os.X_OK):
-            raise AfterimageError(f"{setting} {shown(path)}: the folder {shown(place)} cannot be written")
+            raise AfterimageError(
+                f"{setting} {printable_path(path)}: the folder {printable_path(place)} cannot be written"
+            )
         return
 
 
@@ -72,7 +82,7 @@ def check_file(path: str | Path, setting: str) -> None:
     path = Path(path)
     check_folder(path.absolute().parent, setting)
     if path.is_dir():
-        raise AfterimageError(f"{setting} {shown(path)} is a folder; name a file")
+        raise AfterimageError(f"{setting} {printable_path(path)} is a folder; name a file")
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class Run:
         run = cls(Path(path))
         if not run.file("config.toml").exists() and not run.file("summary.json").exists():
             raise AfterimageError(
-                f"{shown(path)} is not a run folder: it holds neither config.toml nor summary.json"
+                f"{printable_path(path)} is not a run folder: it holds neither config.toml nor summary.json"
             )
         return run
 
@@ -105,12 +115,12 @@ class Run:
     @property
     def name(self) -> str:
         """Name of the folder as printable text, with undecodable bytes and control characters escaped."""
-        return shown(self.path.name)
+        return printable_path(self.path.name)
 
     @property
     def origin(self) -> str:
         """Path of the folder as printable text."""
-        return shown(self.path)
+        return printable_path(self.path)
 
     @property
     def config(self) -> RunConfig:
@@ -122,7 +132,9 @@ class Run:
         """State of the run: `new`, `running`, `stopped`, `done` or `failed`."""
         state = self.status.get("state", "new")
         if not isinstance(state, str):
-            raise AfterimageError(f"{shown(self.file('status.json'))}: state must be text, got {state!r:.80}")
+            raise AfterimageError(
+                f"{printable_path(self.file('status.json'))}: state must be text, got {state!r:.80}"
+            )
         return state
 
     @property
@@ -136,7 +148,7 @@ class Run:
 
     def remove_leftovers(self) -> None:
         """Remove files that a killed process left partly written; the caller must hold the run's lock."""
-        remove_leftovers(self.path)
+        remove_temporary_files(self.path)
 
     def save_environment(self, facts: Mapping[str, Any]) -> None:
         write_json(self.file("environment.json"), facts)
@@ -204,14 +216,14 @@ class Run:
         try:
             return list(from_dict(_Index, {"images": entries}).images)
         except AfterimageError as error:
-            raise AfterimageError(f"{shown(path)}: {error}") from None
+            raise AfterimageError(f"{printable_path(path)}: {error}") from None
 
     def _saved(self, name: str) -> Path:
         """Return a saved image's path; raise if the index or a link leads out of the run folder."""
         path = self.file("reconstructions") / name
         if path.name != name or not path.resolve().is_relative_to(self.path.resolve()):
             raise AfterimageError(
-                f"{shown(path.parent / 'index.json')} names {name!r:.200}, which is no file of its folder"
+                f"{printable_path(path.parent / 'index.json')} names {name!r:.200}, which is no file of its folder"
             )
         return path
 
@@ -235,7 +247,7 @@ def scan(root: str | Path) -> Iterator[Run]:
     """Yield every run folder directly below `root`, sorted by name."""
     root = Path(root)
     if not root.is_dir():
-        raise AfterimageError(f"there is no folder {shown(root)}")
+        raise AfterimageError(f"there is no folder {printable_path(root)}")
     for path in sorted(root.iterdir()):
         if path.is_dir() and (path / "config.toml").exists():
             yield Run(path)
@@ -294,19 +306,19 @@ TRACEBACK = "traceback.txt"
 """File in a failed run's folder that holds the traceback."""
 
 
-def record(run: Run, error: Exception) -> None:
+def write_failure(run: Run, error: Exception) -> None:
     """Set a run's state to `failed`, with the error, and write the traceback, if its folder can be written."""
-    write_story(run, error)
-    details = {} if foreseen(error) else {"traceback": TRACEBACK}
+    write_traceback(run, error)
+    details = {} if is_expected(error) else {"traceback": TRACEBACK}
     with contextlib.suppress(Exception):
-        run.set_state("failed", error=printable(words(error)), **details)
+        run.set_state("failed", error=printable(error_message(error)), **details)
 
 
-def recorded_error(run: Run) -> AfterimageError:
+def read_failure(run: Run) -> AfterimageError:
     """Return the error of a failed run, as recorded in its folder."""
     status = run.status
-    error = Unexpected if "traceback" in status else AfterimageError
-    return as_error(error(str(status.get("error"))), run.name, run.file(TRACEBACK))
+    error = UnexpectedError if "traceback" in status else AfterimageError
+    return to_afterimage_error(error(str(status.get("error"))), run.name, run.file(TRACEBACK))
 
 
 def is_done(run: Run) -> bool:
@@ -317,13 +329,13 @@ def is_done(run: Run) -> bool:
         return False
 
 
-def write_story(run: Run, error: Exception, file: str = TRACEBACK) -> None:
+def write_traceback(run: Run, error: Exception, file: str = TRACEBACK) -> None:
     """Write an exception's traceback into a run's folder, if it can be written."""
     with contextlib.suppress(Exception):
-        write_atomic(run.file(file), story(error))
+        write_atomic(run.file(file), traceback_text(error))
 
 
-def forget(run: Run, file: str = TRACEBACK) -> None:
+def remove_traceback(run: Run, file: str = TRACEBACK) -> None:
     """Remove the traceback that an earlier attempt at a run left."""
     with contextlib.suppress(OSError):
         run.file(file).unlink(missing_ok=True)

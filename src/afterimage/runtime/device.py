@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from afterimage.config import AfterimageError
-from afterimage.runtime.failures import out_of_memory
+from afterimage.runtime.failures import is_out_of_memory
 
 if TYPE_CHECKING:  # importing it takes seconds, and building a decoder does not need it
     from lightning_fabric import Fabric
@@ -24,7 +24,7 @@ have ended sooner.
 """
 
 
-def one_device(accelerator: str, precision: str = "32-true", devices: Any = 1) -> Fabric:
+def create_single_device_fabric(accelerator: str, precision: str = "32-true", devices: Any = 1) -> Fabric:
     """Create a Fabric that runs on one device.
 
     Args:
@@ -37,7 +37,9 @@ def one_device(accelerator: str, precision: str = "32-true", devices: Any = 1) -
     """
     from lightning_fabric import Fabric
 
-    with _refused(f"the accelerator {accelerator!r} cannot be used here (cpu, cuda, mps or auto)"):
+    with _convert_device_errors(
+        f"the accelerator {accelerator!r} cannot be used here (cpu, cuda, mps or auto)"
+    ):
         fabric = Fabric(accelerator=accelerator, devices=devices)
     if precision == "32-true":
         return fabric
@@ -47,12 +49,16 @@ def one_device(accelerator: str, precision: str = "32-true", devices: Any = 1) -
 
 
 def device_name(accelerator: str) -> str:
-    """Return the name of the device that an accelerator selects, such as `cuda:0`; raises as `one_device` does."""
-    return str(one_device(accelerator).device)
+    """Return the name of the device that an accelerator selects, such as `cuda:0`.
+
+    Raises:
+        AfterimageError: as `create_single_device_fabric`
+    """
+    return str(create_single_device_fabric(accelerator).device)
 
 
 @contextlib.contextmanager
-def _refused(what: str) -> Iterator[None]:
+def _convert_device_errors(what: str) -> Iterator[None]:
     """Turn Fabric's errors about devices into `AfterimageError`."""
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
@@ -72,7 +78,7 @@ def create_fabric(accelerator: str, devices: int, nodes: int = 1) -> Fabric:
     from lightning_fabric.strategies import DDPStrategy
 
     asked = f"{devices} devices were asked for on {socket.gethostname()}"
-    with _refused(f"{asked}, which the accelerator {accelerator!r} does not have"):
+    with _convert_device_errors(f"{asked}, which the accelerator {accelerator!r} does not have"):
         strategy = DDPStrategy(timeout=TIMEOUT)
         return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
 
@@ -90,7 +96,7 @@ def retry_with_smaller_batch(work: Callable[[int], Result], size: int, what: str
         try:
             return work(size), size
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             reason = str(error) or type(error).__name__
         if size <= 1:

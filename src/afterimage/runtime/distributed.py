@@ -21,10 +21,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from afterimage.config import AfterimageError
-from afterimage.runtime.device import TIMEOUT, create_fabric, one_device
-from afterimage.runtime.failures import EVERYTHING, Unexpected, concerns, one_line, out_of_memory, story
-from afterimage.runtime.process import Holder, LockLost, Stopped, ended, this_process
-from afterimage.runtime.terminal import say
+from afterimage.runtime.device import TIMEOUT, create_fabric, create_single_device_fabric
+from afterimage.runtime.failures import (
+    EVERYTHING,
+    UnexpectedError,
+    error_scope,
+    is_out_of_memory,
+    one_line,
+    traceback_text,
+)
+from afterimage.runtime.process import LockLost, ProcessIdentity, Stopped, has_ended, this_process
+from afterimage.runtime.terminal import print_lines
 
 if TYPE_CHECKING:  # importing it takes seconds, and building a decoder does not need it
     from lightning_fabric import Fabric
@@ -32,7 +39,7 @@ if TYPE_CHECKING:  # importing it takes seconds, and building a decoder does not
 
 Value = TypeVar("Value")
 Error = TypeVar("Error", bound=BaseException)
-GRACE = 60.0
+GRACE_SECONDS = 60.0
 """Seconds that a rank has to notice the end of another one, before `ProcessGroup.watch` ends it."""
 
 
@@ -56,7 +63,7 @@ class ProcessGroup:
         self.rank = 0 if fabric is None else fabric.global_rank
         self.count = 1 if fabric is None else fabric.world_size
         self._messages = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.count > 1 else None
-        self._peers: list[Holder] = self.gather(this_process()) if self.count > 1 else []
+        self._peers: list[ProcessIdentity] = self.gather(this_process()) if self.count > 1 else []
         self._over = threading.Event()
         self._noticed = False
 
@@ -73,9 +80,11 @@ class ProcessGroup:
             precision: one of `PRECISIONS`
         """
         if self.fabric is None:
-            return one_device(accelerator, precision)
+            return create_single_device_fabric(accelerator, precision)
         device = self.fabric.device
-        return one_device(device.type, precision, 1 if device.type == "cpu" else [device.index])
+        return create_single_device_fabric(
+            device.type, precision, 1 if device.type == "cpu" else [device.index]
+        )
 
     def part(self, total: int) -> slice:
         """Return this rank's slice of `total` consecutive images.
@@ -196,11 +205,11 @@ class ProcessGroup:
             dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._messages)
         if word < 2:
             return bool(word)
-        errors = self._gather(None if error is None else _described(error))
+        errors = self._gather(None if error is None else _pack_error(error))
         rank = next(rank for rank, what in enumerate(errors) if what is not None)
         if rank != self.rank or errors[rank][0] == "stop":  # all ranks raise the same stop and save
-            error = _rebuilt(rank, *errors[rank])
-        raise _known(error, elsewhere=not self.is_main_process)
+            error = _unpack_error(rank, *errors[rank])
+        raise _mark_as_known(error, elsewhere=not self.is_main_process)
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -219,11 +228,11 @@ class ProcessGroup:
         if not reports:  # stay alive until the reporting rank has found the rank that ended first
             time.sleep(2)
         why = "" if gone else f" ({error!s:.200})"
-        return _known(RankLost(self._named(gone) + why), elsewhere=not reports)
+        return _mark_as_known(RankLost(self._named(gone) + why), elsewhere=not reports)
 
     def gone(self) -> list[int]:
         """Return the ranks on this machine whose processes have ended."""
-        return [rank for rank, peer in enumerate(self._peers) if rank != self.rank and ended(peer)]
+        return [rank for rank, peer in enumerate(self._peers) if rank != self.rank and has_ended(peer)]
 
     def _named(self, gone: Sequence[int]) -> str:
         if not gone:
@@ -234,26 +243,26 @@ class ProcessGroup:
         return f"{names} {'has' if len(gone) == 1 else 'have'} ended"
 
     def watch(self) -> None:
-        """End this process if it still waits, as it can under NCCL, `GRACE` seconds after another rank has ended."""
+        """End this process `GRACE_SECONDS` after another rank has ended, if it still waits, as it can under NCCL."""
         since = None
         while not self._over.wait(1.0):
             gone = self.gone()
             since = (since or time.monotonic()) if gone else None
-            if since and not self._noticed and time.monotonic() - since > GRACE:
-                say(f"afterimage: {self._named(gone)}; {GO_ON}", error=True)
+            if since and not self._noticed and time.monotonic() - since > GRACE_SECONDS:
+                print_lines(f"afterimage: {self._named(gone)}; {RESUME_HINT}", error=True)
                 os._exit(1)
 
 
 SINGLE_PROCESS = ProcessGroup()
 """The process group of a single process."""
-GO_ON = "the same command, on any number of devices, goes on from the last checkpoint"
+RESUME_HINT = "the same command, on any number of devices, goes on from the last checkpoint"
 """Advice at the end of messages about lost ranks."""
 
 _joined: list[ProcessGroup] = []
 _depth = [0]
 
 
-def started_together() -> bool:
+def is_distributed() -> bool:
     """Return whether this process was started as one of several ranks, by `torchrun` or by `--devices`."""
     elastic = dist.is_available() and dist.is_torchelastic_launched()
     return elastic and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -261,7 +270,7 @@ def started_together() -> bool:
 
 def on_main_process() -> bool:
     """Return whether this process is the main process, without communication; a single process always is."""
-    return not started_together() or os.environ["RANK"] == "0"
+    return not is_distributed() or os.environ["RANK"] == "0"
 
 
 @contextlib.contextmanager
@@ -271,7 +280,7 @@ def distributed_context(accelerator: str = "auto") -> Iterator[ProcessGroup]:
     Raises:
         AfterimageError: this machine has fewer devices than ranks, or a rank is lost
     """
-    if not started_together():
+    if not is_distributed():
         yield SINGLE_PROCESS
         return
     if not _joined:
@@ -288,14 +297,14 @@ def distributed_context(accelerator: str = "auto") -> Iterator[ProcessGroup]:
         yield ranks
         ranks._check_ranks()
     except RankLost as error:
-        raise _known(AfterimageError(f"{error}; {GO_ON}"), elsewhere=error.elsewhere) from None
+        raise _mark_as_known(AfterimageError(f"{error}; {RESUME_HINT}"), elsewhere=error.elsewhere) from None
     finally:
         ranks._over.set()
         watching.join()
         _depth[0] -= 1
 
 
-def leave() -> None:
+def close_process_group() -> None:
     """Close the connections to other ranks at the end of the program.
 
     A communication thread that still runs when the interpreter exits can abort the process.
@@ -316,38 +325,38 @@ def _launched(accelerator: str) -> Fabric:
     return fabric
 
 
-def _known(error: Error, elsewhere: bool) -> Error:
+def _mark_as_known(error: Error, elsewhere: bool) -> Error:
     """Mark an error as known to all ranks; `elsewhere` says that another rank reports it to the user."""
     error.agreed, error.elsewhere = True, elsewhere
     return error
 
 
-def _described(error: BaseException) -> tuple[str, Any, str, str]:
+def _pack_error(error: BaseException) -> tuple[str, Any, str, str]:
     """Return an error's kind, message, traceback and affected scope, to send to other ranks."""
     if isinstance(error, KeyboardInterrupt):
         return "stop", getattr(error, "code", 130) - 128, "", ""
     if isinstance(error, LockLost):
         kind, what = "lock", str(error)
-    elif isinstance(error, Unexpected):
+    elif isinstance(error, UnexpectedError):
         kind, what = "unexpected", str(error)
     elif isinstance(error, AfterimageError):
         kind, what = "error", str(error)
-    elif out_of_memory(error):
+    elif is_out_of_memory(error):
         kind, what = "memory", str(error)
     else:
         kind, what = "unexpected" if isinstance(error, Exception) else "other", one_line(error)
-    return kind, what, story(error), concerns(error)
+    return kind, what, traceback_text(error), error_scope(error)
 
 
-def _rebuilt(rank: int, kind: str, what: Any, story: str, concerns: str) -> BaseException:
-    """Create an error from the `_described` error of another rank."""
+def _unpack_error(rank: int, kind: str, what: Any, story: str, concerns: str) -> BaseException:
+    """Create an error from the `_pack_error` error of another rank."""
     if kind == "stop":
         return Stopped(what)
     if kind == "other":
         return RankLost(f"rank {rank} has failed: {what:.1000}")
     if kind == "unexpected":
         what = f"on rank {rank}: {what}"
-    kinds = {"lock": LockLost, "error": AfterimageError, "memory": MemoryError, "unexpected": Unexpected}
+    kinds = {"lock": LockLost, "error": AfterimageError, "memory": MemoryError, "unexpected": UnexpectedError}
     error = kinds[kind](what)
     error.story, error.concerns = story, concerns
     return error

@@ -17,11 +17,11 @@ from afterimage.runtime.terminal import printable
 
 Item = TypeVar("Item")
 EVERYTHING, ENCODERS = "everything", "encoders"
-"""Scopes that an exception may affect beyond its own part of the work; see `concerns`."""
+"""Scopes that an exception may affect beyond its own part of the work; see `error_scope`."""
 
 
-class Unexpected(AfterimageError):
-    """Error for an exception that the code does not expect, in one line; `story` is its traceback."""
+class UnexpectedError(AfterimageError):
+    """Error for an exception that the code does not expect, in one line; `traceback_text` is its traceback."""
 
     def __init__(self, text: str, story: str = "") -> None:
         super().__init__(text)
@@ -29,17 +29,17 @@ class Unexpected(AfterimageError):
 
 
 @contextlib.contextmanager
-def concerning(what: str) -> Iterator[None]:
+def set_error_scope(what: str) -> Iterator[None]:
     """Mark exceptions of this block as affecting the scope `what`, unless they are already marked."""
     try:
         yield
     except Exception as error:
-        if not concerns(error):
+        if not error_scope(error):
             error.concerns = what
         raise
 
 
-def concerns(error: BaseException) -> str:
+def error_scope(error: BaseException) -> str:
     """Return the scope that an exception affects beyond its own part of the work.
 
     That is `EVERYTHING` if it ends all work, as a lost rank does, and `ENCODERS` if it ends all rows that share them.
@@ -48,22 +48,22 @@ def concerns(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def collected(failures: list[AfterimageError], what: str) -> Iterator[None]:
+def collect_failures(failures: list[AfterimageError], what: str) -> Iterator[None]:
     """Catch an exception of this block, and append it to `failures` as the error of `what`.
 
     Raises:
-        Exception: the exception affects more than this block, see `concerns`
+        Exception: the exception affects more than this block, see `error_scope`
     """
     try:
         yield
     except Exception as error:
-        if concerns(error):
+        if error_scope(error):
             raise
-        failures.append(as_error(error, what))
-        let_go(error)
+        failures.append(to_afterimage_error(error, what))
+        clear_error_frames(error)
 
 
-def together(
+def run_all_or_each(
     work: Callable[[list[Item]], None], items: Sequence[Item], failed: Callable[[Item, Exception], None]
 ) -> None:
     """Do `work` for all items at once or, if that raises, for each item alone.
@@ -74,7 +74,7 @@ def together(
         failed: called with an item that fails alone, and its error
 
     Raises:
-        Exception: an error that concerns everything, see `concerns`
+        Exception: an error that concerns everything, see `error_scope`
     """
     if not items:
         return
@@ -82,21 +82,21 @@ def together(
         work(list(items))
         return
     except Exception as error:
-        if concerns(error) == EVERYTHING:
+        if error_scope(error) == EVERYTHING:
             raise
         if len(items) == 1:
             failed(items[0], error)
             return
-        let_go(error)
+        clear_error_frames(error)
     for item in items:
-        together(work, [item], failed)
+        run_all_or_each(work, [item], failed)
 
 
-def of_caller(callback: Callable[..., Any]) -> Callable[..., Any]:
+def protect_callback(callback: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a caller's callback so that its exceptions end all work, because they belong to the caller."""
 
     def called(*arguments: Any, **options: Any) -> Any:
-        with concerning(EVERYTHING):
+        with set_error_scope(EVERYTHING):
             return callback(*arguments, **options)
 
     return called
@@ -109,27 +109,27 @@ def one_line(error: BaseException) -> str:
     return printable(f"{' '.join(text.split()):.500}")
 
 
-def story(error: BaseException) -> str:
+def traceback_text(error: BaseException) -> str:
     """Return an exception's traceback; for one of another rank or machine, the traceback from there."""
     return printable(getattr(error, "story", "") or "".join(traceback.format_exception(error)))
 
 
-def foreseen(error: BaseException) -> bool:
+def is_expected(error: BaseException) -> bool:
     """Return whether an exception explains itself to the user, so that a traceback would add nothing."""
     if isinstance(error, AfterimageError):
-        return not isinstance(error, Unexpected)
-    return out_of_memory(error)
+        return not isinstance(error, UnexpectedError)
+    return is_out_of_memory(error)
 
 
-def words(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """Return an exception's message, on one line unless it was foreseen."""
-    if not foreseen(error):
+    if not is_expected(error):
         return one_line(error)
     known = isinstance(error, AfterimageError)
     return str(error) if known else f"out of memory ({str(error) or 'MemoryError':.200})"
 
 
-def as_error(error: Exception, name: str, file: Path | None = None) -> AfterimageError:
+def to_afterimage_error(error: Exception, name: str, file: Path | None = None) -> AfterimageError:
     """Turn an exception into an `AfterimageError` that names what it ended.
 
     Args:
@@ -137,17 +137,19 @@ def as_error(error: Exception, name: str, file: Path | None = None) -> Afterimag
         name: name of the run, row or image set that it ended
         file: file that holds the traceback
     """
-    text = words(error)
+    text = error_message(error)
     text = text if name in text else f"{name}: {text}"
-    if foreseen(error):
+    if is_expected(error):
         found = AfterimageError(text)
     else:
-        found = Unexpected(text if file is None else f"{text} (traceback: {file})", story(error))
+        found = UnexpectedError(
+            text if file is None else f"{text} (traceback: {file})", traceback_text(error)
+        )
     found.__cause__ = error
     return found
 
 
-def let_go(error: BaseException | None) -> None:
+def clear_error_frames(error: BaseException | None) -> None:
     """Free the objects in an exception's frames, such as a network and its features, once it has been handled.
 
     Its marks are removed too, because some libraries keep an exception and raise it again.
@@ -165,7 +167,7 @@ _SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 """Parts of a RuntimeError's message that mean that memory ran out."""
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that memory ran out; on a CPU PyTorch raises a plain RuntimeError then."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from afterimage.config import AfterimageError, first_line, listed, shown
+from afterimage.config import AfterimageError, first_line, join_names, printable_path
 
 CONNECT_SECONDS = 5.0
 """Seconds without an answer after which the hub counts as unreachable."""
 
 
-def ask_for_file(url: str) -> None:
+def check_file_exists(url: str) -> None:
     """Ask the hub once whether it has a file.
 
     The client itself would retry for minutes without a network or while the hub is busy.
@@ -34,10 +34,10 @@ def ask_for_file(url: str) -> None:
     """
     from huggingface_hub import get_hf_file_metadata
 
-    ask_soon(lambda: get_hf_file_metadata(url, timeout=CONNECT_SECONDS))
+    call_with_timeout(lambda: get_hf_file_metadata(url, timeout=CONNECT_SECONDS))
 
 
-def ask_soon(ask: Callable[[], Any]) -> None:
+def call_with_timeout(ask: Callable[[], Any]) -> None:
     """Call `ask`, and raise OSError if it takes longer than about `CONNECT_SECONDS`.
 
     A dead name server would block a client for longer.
@@ -60,7 +60,7 @@ def ask_soon(ask: Callable[[], Any]) -> None:
         raise outcome[0]
 
 
-def refusal(repository: str, revision: str | None, error: BaseException, kind: str = "") -> str:
+def explain_refusal(repository: str, revision: str | None, error: BaseException, kind: str = "") -> str:
     """Return an explanation, from the status of the hub's answer, of why a file is refused and what the user can do.
 
     Args:
@@ -77,7 +77,7 @@ def refusal(repository: str, revision: str | None, error: BaseException, kind: s
         return f"the hub at {constants.ENDPOINT} ({first_line(error)})"
     status, page = int(response.status_code), f"{constants.ENDPOINT}/{kind}{repository}"
     what, code = f"the hub's {repository}", response.headers.get("X-Error-Code", "")
-    if wait := busy(status, response.headers.get):
+    if wait := explain_unavailable(status, response.headers.get):
         return f"the hub at {constants.ENDPOINT} {wait}"
     if isinstance(error, RevisionNotFoundError):
         return f"{what} at {constants.ENDPOINT} has no revision {revision or 'main'} ({status})"
@@ -103,7 +103,7 @@ def refusal(repository: str, revision: str | None, error: BaseException, kind: s
     return f"the hub at {constants.ENDPOINT} refuses {repository} ({status}: {first_line(error)})"
 
 
-def busy(status: int, header: Callable[[str, str], str]) -> str:
+def explain_unavailable(status: int, header: Callable[[str, str], str]) -> str:
     """Return an explanation of an answer by which a server says that it cannot respond for now; empty for others.
 
     `header` returns a header of the answer by its name, or the default in its second argument.
@@ -132,7 +132,9 @@ class Unavailable(Exception):
     """Error for a file that is not available; the message names the place, the reason and the remedy."""
 
 
-def cached(repository: str, revision: str | None, names: Sequence[str], kind: str = "model") -> Path | None:
+def find_cached(
+    repository: str, revision: str | None, names: Sequence[str], kind: str = "model"
+) -> Path | None:
     """Return the first of several files of a hub repository that is in the local cache, or None.
 
     Args:
@@ -154,12 +156,12 @@ def cached(repository: str, revision: str | None, names: Sequence[str], kind: st
 def _has_shards(file: Path) -> bool:
     """Return whether all files that an index of shards lists exist; always true for any other file."""
     try:
-        return not file.name.endswith(INDEX) or bool(shards(file))
+        return not file.name.endswith(INDEX) or bool(list_shards(file))
     except AfterimageError:
         return False
 
 
-def shards(index: str | Path) -> list[Path]:
+def list_shards(index: str | Path) -> list[Path]:
     """Return the files that an index of shards such as `model.safetensors.index.json` lists.
 
     Raises:
@@ -171,12 +173,14 @@ def shards(index: str | Path) -> list[Path]:
         names = sorted({str(name) for name in files})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"it has no table weight_map ({first_line(error)})"
-        raise AfterimageError(f"{shown(path)} is no index of shards: {reason}") from None
+        raise AfterimageError(f"{printable_path(path)} is no index of shards: {reason}") from None
     found = [path.parent / name for name in names]
     if outside := [name for name in names if Path(name).name != name]:
-        raise AfterimageError(f"{shown(path)} lists {outside[0]!r}, which is not beside it")
+        raise AfterimageError(f"{printable_path(path)} lists {outside[0]!r}, which is not beside it")
     if missing := [file.name for file in found if not file.is_file()]:
-        raise AfterimageError(f"{shown(path)} lists {listed(missing)}, which {shown(path.parent)} lacks")
+        raise AfterimageError(
+            f"{printable_path(path)} lists {join_names(missing)}, which {printable_path(path.parent)} lacks"
+        )
     return found
 
 
@@ -195,10 +199,12 @@ def download(repository: str, revision: str | None, names: Sequence[str], kind: 
     from huggingface_hub import constants, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    told = functools.partial(refusal, repository, revision, kind="datasets/" if kind == "dataset" else "")
+    told = functools.partial(
+        explain_refusal, repository, revision, kind="datasets/" if kind == "dataset" else ""
+    )
     for name in names:
         try:
-            ask_for_file(hf_hub_url(repository, name, repo_type=kind, revision=revision))
+            check_file_exists(hf_hub_url(repository, name, repo_type=kind, revision=revision))
             get = functools.partial(
                 hf_hub_download, repository, repo_type=kind, revision=revision, etag_timeout=CONNECT_SECONDS
             )
@@ -233,13 +239,13 @@ def download_url(url: str) -> Path:
     expected = re.search(r"-([0-9a-f]{8,})\.", file.name)
     before = socket.getdefaulttimeout()
     try:
-        ask_soon(lambda: get_session().head(url, timeout=CONNECT_SECONDS))
+        call_with_timeout(lambda: get_session().head(url, timeout=CONNECT_SECONDS))
         socket.setdefaulttimeout(STALL_SECONDS)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), expected and expected[1])
     except urllib.error.HTTPError as error:
         raise Unavailable(
-            f"{url} {busy(error.code, error.headers.get) or f'({first_line(error)})'}"
+            f"{url} {explain_unavailable(error.code, error.headers.get) or f'({first_line(error)})'}"
         ) from None
     except Exception as error:
         raise Unavailable(f"{url} ({first_line(error)})") from None
@@ -248,7 +254,7 @@ def download_url(url: str) -> Path:
     return file
 
 
-def named_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any]:
+def read_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any]:
     """Read the first existing one of several JSON files in a folder (an absolute path) or a hub repository.
 
     Args:
@@ -270,13 +276,13 @@ def named_config(name: str, files: tuple[str, ...] = (CONFIG,)) -> dict[str, Any
 
 @functools.cache
 def repository_config(name: str, files: tuple[str, ...]) -> dict[str, Any]:
-    """Read a JSON file of a hub repository for `named_config`."""
+    """Read a JSON file of a hub repository for `read_config`."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
 
     repository, _, revision = name.partition("@")
     try:
-        file = cached(repository, revision or None, files)
+        file = find_cached(repository, revision or None, files)
         if file is None and constants.HF_HUB_OFFLINE:
             where = f"the hub's cache {constants.HF_HUB_CACHE} has none"
             raise Unavailable(f"{where}, and nothing is downloaded, as HF_HUB_OFFLINE is set")

@@ -15,8 +15,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from afterimage.config import AfterimageError
 from afterimage.runtime.device import create_fabric
-from afterimage.runtime.distributed import GO_ON, started_together
-from afterimage.runtime.process import cores
+from afterimage.runtime.distributed import RESUME_HINT, is_distributed
+from afterimage.runtime.process import available_cpus
 
 
 def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
@@ -27,9 +27,9 @@ def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
         SystemExit: a rank failed; carries the exit code of the first that did
     """
     fabric = create_fabric(accelerator, devices)
-    if fabric.device.type == "cpu" and devices > max(2, cores()):
+    if fabric.device.type == "cpu" and devices > max(2, available_cpus()):
         raise AfterimageError(
-            f"--devices {devices} on a CPU: this machine has {cores()} cores for as many processes"
+            f"--devices {devices} on a CPU: this machine has {available_cpus()} cores for as many processes"
         )
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # the one-line message below replaces its long ones
@@ -54,17 +54,17 @@ def launch(arguments: Sequence[str], devices: int, accelerator: str) -> None:
             raise SystemExit(failure.exitcode) from None
         name = signal.Signals(-failure.exitcode).name
         raise AfterimageError(
-            f"rank {rank} (process {failure.pid}) was ended by {name}, and the others with it; {GO_ON}"
+            f"rank {rank} (process {failure.pid}) was ended by {name}, and the others with it; {RESUME_HINT}"
         ) from None
 
 
-def ranks_here(devices: int) -> bool:
+def is_rank(devices: int) -> bool:
     """Return whether this process is already a rank.
 
     Raises:
         AfterimageError: `devices` contradicts the number of ranks on this machine
     """
-    if not started_together():
+    if not is_distributed():
         return False
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if devices not in (1, here):

@@ -23,7 +23,7 @@ class LockLost(AfterimageError):
     """Loss of a lock: another process took it over, because this one gave no sign of life for too long."""
 
 
-class Holder(NamedTuple):
+class ProcessIdentity(NamedTuple):
     """The process that holds a lock: its id, its start time and its machine.
 
     The start time, in the operating system's own unit, tells processes with a reused id apart; the machine is host
@@ -38,19 +38,19 @@ class Holder(NamedTuple):
         return f"process {self.pid} on {self.machine.partition(' ')[0]}"
 
 
-def this_process() -> Holder:
+def this_process() -> ProcessIdentity:
     """Return the identity of this process."""
-    return Holder(os.getpid(), _started(os.getpid()) or "", _machine())
+    return ProcessIdentity(os.getpid(), _start_time(os.getpid()) or "", _machine())
 
 
-def is_local(process: Holder) -> bool:
+def is_local(process: ProcessIdentity) -> bool:
     """Return whether a process is of this machine, and this system can say whether it has ended."""
     return process.machine == _machine() and os.name == "posix"
 
 
-def ended(process: Holder) -> bool:
+def has_ended(process: ProcessIdentity) -> bool:
     """Return whether a process of this machine has ended; False for other machines, where this is unknown."""
-    return is_local(process) and _started(process.pid) != process.started
+    return is_local(process) and _start_time(process.pid) != process.started
 
 
 def _machine() -> str:
@@ -62,7 +62,7 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _started(pid: int) -> str | None:
+def _start_time(pid: int) -> str | None:
     """Return the start time of a process of this machine, to tell reused ids apart; None if it has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -123,7 +123,7 @@ def graceful_shutdown(ignore_second_signal: bool = False) -> Iterator[GracefulSh
     A second signal ends the block at once, unless `ignore_second_signal` is set.
     """
     stop = GracefulShutdown(ignore_second_signal)
-    with _handled(stop._asked, signal.SIGTERM, signal.SIGINT):
+    with _install_handler(stop._asked, signal.SIGTERM, signal.SIGINT):
         yield stop
     stop.check()  # the signal may have come after the last check
 
@@ -135,12 +135,12 @@ def interruptible() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    with _handled(end, signal.SIGTERM):
+    with _install_handler(end, signal.SIGTERM):
         yield
 
 
 @contextlib.contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+def _install_handler(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
     """Handle signals inside this block, in the main thread alone: Python delivers signals to no other."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -157,7 +157,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_parallel(
+def parallel_map(
     work: Callable[[Item], Result],
     items: Iterable[Item],
     total: int,
@@ -169,7 +169,7 @@ def in_parallel(
     Threads suffice, because Pillow, NumPy and hashlib release the interpreter lock while they work. Unlike processes,
     they need no `if __name__ == "__main__"` in the caller's script. `progress(what, done, total)` is called after each.
     """
-    workers = cores()
+    workers = available_cpus()
     items = iter(items)
     pending: deque[Future[Result]] = deque()
     done = 0
@@ -199,6 +199,6 @@ def let_idle_threads_sleep() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def cores() -> int:
+def available_cpus() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

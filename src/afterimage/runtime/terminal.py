@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _HANDLER = "afterimage.runtime.terminal"
-_STAND_INS = {
+_ASCII_REPLACEMENTS = {
     "→": "->", "←": "<-", "↑": "^", "↓": "v", "×": "x", "·": ".", "±": "+-", "−": "-", "–": "-", "—": "-", "…": "...",
     **{mark: f"^{digit}" for digit, mark in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},  # a bare digit would extend the number before it
     **dict.fromkeys("─━═╌╍┄┅", "-"), **dict.fromkeys("│┃║", "|"), **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼┏┓┗┛┡┩╇╈", "+"),
@@ -37,7 +37,7 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or _is_safe(c) else _escaped(c) for c in text)
 
 
-def say(*lines: object, error: bool = False) -> None:
+def print_lines(*lines: object, error: bool = False) -> None:
     """Print lines on standard output, or on standard error if `error` is set."""
     writer = Writer.of(sys.stderr if error else sys.stdout)
     for line in lines:
@@ -45,10 +45,10 @@ def say(*lines: object, error: bool = False) -> None:
     writer.flush()
 
 
-def complain(what: str, error: object) -> None:
+def print_error(what: str, error: object) -> None:
     """Print `what: error` on standard error; further lines are indented, so that they cannot pass for a message."""
     text = str(error).replace("\n", "\n  ").replace("\n    ", "\n  ")
-    say(f"{what}: {text}", error=True)
+    print_lines(f"{what}: {text}", error=True)
 
 
 def console(width: int | None = None, *, error: bool = False) -> Console:
@@ -132,7 +132,7 @@ def always_writable() -> Iterator[None]:
         output.finish()
         if output.failure is not None and not isinstance(output.failure, BrokenPipeError):
             reason = getattr(output.failure, "strerror", None) or output.failure
-            say(f"afterimage: standard output could not be written in full: {reason}", error=True)
+            print_lines(f"afterimage: standard output could not be written in full: {reason}", error=True)
         errors.finish()
         logger.removeHandler(warnings)
         sys.stdout, sys.stderr = before
@@ -146,7 +146,7 @@ class _Warnings(logging.Handler):
     """Logging handler that prints the package's warnings like all other messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record), error=True)
+        print_lines(self.format(record), error=True)
 
 
 @functools.cache
@@ -172,15 +172,15 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def _in_other_characters(error: UnicodeError) -> tuple[str, int]:
+def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
     """Replace the characters that an encoding lacks, as an error handler of `codecs`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     found = error.object[error.start : error.end]
-    return "".join(_STAND_INS.get(c) or _escaped(c) for c in found), error.end
+    return "".join(_ASCII_REPLACEMENTS.get(c) or _escaped(c) for c in found), error.end
 
 
-codecs.register_error(_HANDLER, _in_other_characters)
+codecs.register_error(_HANDLER, _replace_unencodable)
 
 
 Progress = Callable[..., None]
@@ -192,7 +192,7 @@ waits for the device. Concurrent work passes `group="2/5"` to get a line for eac
 """
 
 
-def silent(what: str, done: int, total: int, **figures: Any) -> None:
+def no_progress(what: str, done: int, total: int, **figures: Any) -> None:
     """Show no progress."""
 
 
@@ -269,13 +269,13 @@ class _Line:
             )
         elapsed, steps = now - self.started, done - self.begun_at
         if done < total and steps > 0 and elapsed > 1:
-            parts.append(f"{clock(elapsed / steps * (total - done))} left")
+            parts.append(f"{format_duration(elapsed / steps * (total - done))} left")
         elif done >= total and elapsed >= 1:
-            parts.append(f"took {clock(elapsed)}")
+            parts.append(f"took {format_duration(elapsed)}")
         return "  ".join(parts)
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return seconds as text: `75` becomes `1:15`, and an hour or more `1:02:05`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

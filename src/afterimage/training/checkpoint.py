@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from afterimage.config import AfterimageError, shown
-from afterimage.models.reconstructor import Reconstructor, restore
-from afterimage.models.weight_files import load_tensors, plain
+from afterimage.config import AfterimageError, printable_path
+from afterimage.models.reconstructor import Reconstructor, load_trained_decoder
+from afterimage.models.weight_files import load_tensors, to_safetensors_form
 from afterimage.runs.files import write_atomic
 from afterimage.runs.run import Run
 from afterimage.training.feature_loader import build_encoders
@@ -25,7 +25,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 def save_checkpoint(run: Run, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write a checkpoint of tensors and JSON values with its digest."""
-    stored, text = plain(tensors), json.dumps(facts)
+    stored, text = to_safetensors_form(tensors), json.dumps(facts)
     write_atomic(run.file(CHECKPOINT), save(stored, {"facts": text, "sha256": _digest(stored, text)}))
 
 
@@ -43,7 +43,7 @@ def load_checkpoint(run: Run, log: Callable[[str], None]) -> tuple[dict[str, Ten
         if not (isinstance(facts, dict) and isinstance(facts.get("identity"), dict)):
             raise ValueError("it does not say which run it belongs to")
     except (AfterimageError, ValueError, RecursionError) as error:
-        log(f"{shown(path)} is damaged and not used: {error}")
+        log(f"{printable_path(path)} is damaged and not used: {error}")
         return None
     return tensors, facts
 
@@ -114,4 +114,4 @@ def load_reconstructor(run: Run | str | Path, *, weights: str | None = None) -> 
             differ from those of the training
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    return restore(run, build_encoders(run.config, run.config.sources, weights=weights))
+    return load_trained_decoder(run, build_encoders(run.config, run.config.sources, weights=weights))

@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
-from afterimage.config import AfterimageError, RecipeConfig, shown
+from afterimage.config import AfterimageError, RecipeConfig, printable_path
 from afterimage.models.layers.blocks import adapt_batch_norms
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.models.weight_files import save_decoder
@@ -28,14 +28,14 @@ from afterimage.training.checkpoint import (
 from afterimage.training.feature_loader import RunContext
 from afterimage.training.losses import create_loss
 
-PROGRESS = (
+CHECKPOINT_ATTRIBUTES = (
     "history", "notes", "best_loss", "best_epoch", "epoch", "position", "seconds", "epoch_seconds", "images_seen",
     "micro_batch",
 )  # fmt: skip
 """Attributes of `DecoderTrainer` that a checkpoint stores besides tensors. No random state is needed: order, crops and
 flips are functions of seed, epoch and image, which a test checks for every decoder.
 """
-SINGLE = (
+SINGLE_VALUE_NOTE = (
     "batch norm met a single value a channel (one image on 1x1 maps) and normalised it by its running statistics, "
     "which it left as they were"
 )
@@ -143,9 +143,11 @@ class DecoderTrainer:
 
     def note_single_values(self) -> None:
         """Add a note, once, if batch norm met a batch with a single value per channel."""
-        if any(norm.met_single for norm in self._norms) and not any(SINGLE in note for note in self.notes):
-            self.notes.append(f"{SINGLE}, first in epoch {self.epoch + 1}")
-            self.context.log(f"{self.name}: {SINGLE}")
+        if any(norm.met_single for norm in self._norms) and not any(
+            SINGLE_VALUE_NOTE in note for note in self.notes
+        ):
+            self.notes.append(f"{SINGLE_VALUE_NOTE}, first in epoch {self.epoch + 1}")
+            self.context.log(f"{self.name}: {SINGLE_VALUE_NOTE}")
 
     @torch.no_grad()
     def validate(self, features: Sequence[Tensor], images: Tensor) -> float:
@@ -207,7 +209,7 @@ class DecoderTrainer:
             | prefixed("best", self.best)
             | {"total": self.total_loss}
         )
-        facts = {name: getattr(self, name) for name in PROGRESS}
+        facts = {name: getattr(self, name) for name in CHECKPOINT_ATTRIBUTES}
         facts |= {"identity": self.identity, "torch": torch.__version__, "ranks": self.context.ranks.count}
         if self.optimizer is not None:
             moments, groups = pack_optimizer(self.optimizer.optimizer)
@@ -252,7 +254,7 @@ class DecoderTrainer:
             except (RuntimeError, KeyError, ValueError) as error:
                 raise AfterimageError(
                     f"{self.name}: its checkpoint does not fit ({error!s:.200}); delete the folder "
-                    f"{shown(self.run.path)} to start over"
+                    f"{printable_path(self.run.path)} to start over"
                 ) from None
             return True
         return False
@@ -267,7 +269,7 @@ class DecoderTrainer:
             unpack_optimizer(self.optimizer.optimizer, without_prefix("optimizer", tensors), facts)
             self.scheduler.load_state_dict(facts["scheduler"])
             self.fabric.strategy.precision.load_state_dict(facts["precision"])
-        for name in PROGRESS:
+        for name in CHECKPOINT_ATTRIBUTES:
             setattr(self, name, facts[name])
         if (before := facts.get("ranks", 1)) != self.context.ranks.count:
             self.notes.append(

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, RecipeConfig, RunConfig
 from afterimage.data.images import Data, ImageSet
-from afterimage.data.sampling import order
-from afterimage.evaluation.metrics import problem
-from afterimage.models.reconstructor import Encoders, MultiEncoder, no_maps
+from afterimage.data.sampling import epoch_order
+from afterimage.evaluation.metrics import find_invalid_image
+from afterimage.models.reconstructor import FeatureSource, MultiEncoder, empty_features
 from afterimage.runs.run import Run
 from afterimage.runtime.device import retry_with_smaller_batch
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from afterimage.runtime.failures import ENCODERS, concerning
+from afterimage.runtime.failures import ENCODERS, set_error_scope
 from afterimage.runtime.process import GracefulShutdown
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 CHECKPOINT_SECONDS = 45.0
 """Seconds between checkpoints: with the current step added, at most about a minute of work is lost."""
@@ -51,7 +51,7 @@ class RunContext:
     """
 
     ranks: ProcessGroup = SINGLE_PROCESS
-    progress: Progress = silent
+    progress: Progress = no_progress
     shutdown: GracefulShutdown = field(default_factory=GracefulShutdown)
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     failed: set[Run] = field(default_factory=set)
@@ -96,8 +96,8 @@ class RunContext:
 
 
 def build_encoders(
-    config: RunConfig, sources: Sequence[str], *, weights: str | None = None, progress: Progress = silent
-) -> Encoders:
+    config: RunConfig, sources: Sequence[str], *, weights: str | None = None, progress: Progress = no_progress
+) -> FeatureSource:
     """Build the encoders of a run, with its weights, image size and seed, or open its feature store.
 
     Args:
@@ -144,7 +144,7 @@ class FeatureLoader:
     ) -> None:
         self.encoders, self.data, self.recipe, self.fabric, self.seed = encoders, data, recipe, fabric, seed
         self.context = context or RunContext()
-        self.watch = FeatureWatch(encoders.sources)
+        self.watch = NonFiniteCheck(encoders.sources)
         self._encoder_batch = recipe.batch_size
         self._validation: list[Batch] | None = None
         self._validation_fits = True
@@ -152,7 +152,7 @@ class FeatureLoader:
     def training_batches(self, epoch: int, position: int = 0) -> Iterator[Batch]:
         """Yield an epoch's training batches, a pure function of seed and epoch, without the first `position` images."""
         train = self.data.train
-        indices = order(len(train), seed=self.seed, epoch=epoch)[position:]
+        indices = epoch_order(len(train), seed=self.seed, epoch=epoch)[position:]
         crop = {"seed": self.seed, "epoch": epoch} if self.recipe.augment else {}
         return self.batches(train, indices, **crop) if len(indices) else iter(())
 
@@ -231,9 +231,9 @@ class FeatureLoader:
             return parts[0] if len(parts) == 1 else [torch.cat(maps) for maps in zip(*parts, strict=True)]
 
         if len(images) == 0:
-            return no_maps(self.encoders.specs, images.device)
+            return empty_features(self.encoders.specs, images.device)
         wanted = min(self._encoder_batch, len(images))
-        with concerning(ENCODERS):
+        with set_error_scope(ENCODERS):
             features, size = retry_with_smaller_batch(work, wanted, "the encoders")
         if size < wanted:
             self._encoder_batch = size
@@ -257,11 +257,11 @@ def check_frozen(encoders: nn.Module) -> None:
 
 def check_images(images: Tensor, ids: Sequence[str]) -> None:
     """Raise an `AfterimageError` that names the first of the images `(B, 3, H, W)` not finite or not in [0, 1]."""
-    if found := problem(images):
+    if found := find_invalid_image(images):
         raise AfterimageError(f"image {ids[found[0]]} {found[1]}")
 
 
-class FeatureWatch:
+class NonFiniteCheck:
     """Record of feature maps with values that are not finite: for each source, the first image with such values.
 
     On a CPU feature maps are examined at once, on other devices when `settle` is called, so that steps need not wait.

@@ -20,8 +20,8 @@ from afterimage.config import AfterimageError, RunConfig
 from afterimage.data.dataset import load_data
 from afterimage.models.reconstructor import build_feature_decoder
 from afterimage.runs.files import write_json
-from afterimage.runtime.device import one_device
-from afterimage.runtime.terminal import Progress, console, silent
+from afterimage.runtime.device import create_single_device_fabric
+from afterimage.runtime.terminal import Progress, console, no_progress
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.feature_loader import FeatureLoader, RunContext, build_encoders
 from afterimage.training.trainer import training_step
@@ -81,7 +81,7 @@ def profile_run(
     steps: int = 10,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Profile:
     """Time training steps of a run after two warm-up steps, then trace three more.
 
@@ -90,7 +90,7 @@ def profile_run(
     Raises:
         AfterimageError: the decoder is not trained by gradient descent
     """
-    fabric = one_device(accelerator, config.recipe.precision)
+    fabric = create_single_device_fabric(accelerator, config.recipe.precision)
     encoders = build_encoders(config, config.sources, progress=progress).to(fabric.device)
     model = build_feature_decoder(config, encoders.specs)
     if not model.trainable:

@@ -16,21 +16,21 @@ from afterimage.config import (
     FeaturesConfig,
     FeatureSpec,
     local_path,
-    shown,
+    printable_path,
     size_text,
-    unknown,
+    unknown_choice_error,
 )
 from afterimage.data.dataset import SPLITS
 from afterimage.data.feature_store import FeatureStore, open_store
 from afterimage.data.images import Data
-from afterimage.models.reconstructor import Encoders
-from afterimage.runs.results import FeatureMap, UsedWeights
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.models.reconstructor import FeatureSource
+from afterimage.runs.results import FeatureMap, WeightsRecord
+from afterimage.runtime.terminal import Progress, no_progress
 
 BATCH = 64
 
 
-class StoredEncoders(Encoders):
+class StoredEncoders(FeatureSource):
     """Lookup of the stored features of images, with the interface of a `MultiEncoder`.
 
     An image is identified by the SHA-256 of its pixels, so that no image is paired with the features of another one.
@@ -49,7 +49,7 @@ class StoredEncoders(Encoders):
         self.sources = tuple(sources or known)
         for source in self.sources:
             if source not in known:
-                raise unknown(f"layer of {shown(store.path)}", source, known)
+                raise unknown_choice_error(f"layer of {printable_path(store.path)}", source, known)
         self._layers = [known[source] for source in self.sources]
         self._rows = {content: row for row, content in enumerate(store.content)}
         self._unused = ""
@@ -73,18 +73,25 @@ class StoredEncoders(Encoders):
             for spec in self.specs
         ]
 
-    def weights_of(self, sources: Sequence[str]) -> list[UsedWeights]:
+    def weights_of(self, sources: Sequence[str]) -> list[WeightsRecord]:
         """Return the encoder weights that the features were computed with; the store itself if they are unknown."""
         store = self.store
         if store.facts is not None:
             return [store.facts.used]
         return [
-            UsedWeights(shown(store.path.name), "store", shown(store.path), store.digest, "unknown", False)
+            WeightsRecord(
+                printable_path(store.path.name),
+                "store",
+                printable_path(store.path),
+                store.digest,
+                "unknown",
+                False,
+            )
         ]
 
     def remarks_of(self, sources: Sequence[str]) -> list[str]:
         """Return remarks on the origin of the features, on the encoder, and on unused images that `check` found."""
-        facts, path = self.store.facts, shown(self.store.path)
+        facts, path = self.store.facts, printable_path(self.store.path)
         kind = "as they are in the file, by whatever made them" if facts is None else facts.dtype
         origin = (
             f"features come from {path} ({kind}), not from an encoder; they are of centre crops: training has no "
@@ -104,7 +111,8 @@ class StoredEncoders(Encoders):
         rows = [self._rows.get(content) for content in _contents(images)]
         if None in rows:
             raise AfterimageError(
-                f"{shown(self.store.path)} has no features of an image: its pixels are none of the {len(self.store):,} "
+                f"{printable_path(self.store.path)} has no features of an image: its pixels are none of "
+                f"the {len(self.store):,} "
                 f"images' there. Other images need the encoder{self._encoder()}"
             )
         return [self.store.features(layer, rows).to(images.device) for layer in self._layers]
@@ -118,7 +126,7 @@ class StoredEncoders(Encoders):
 
         Of a split with streamed images only the first batch is checked here; `forward` checks the others when used.
         """
-        store, name, config = self.store, shown(self.store.path), data.config
+        store, name, config = self.store, printable_path(self.store.path), data.config
         facts = store.facts
         resize = config.resize if facts is None else facts.data.resize
         if (resize, store.image_size) != (config.resize, config.size):
@@ -134,7 +142,7 @@ class StoredEncoders(Encoders):
             if missing:
                 raise AfterimageError(
                     f"{name} has no features of {len(missing):,} of the {len(part):,} {split} images, for example "
-                    f"{shown(missing[0])}: extract them too"
+                    f"{printable_path(missing[0])}: extract them too"
                 )
             used.update(part.ids)
             looked_at = np.arange(min(len(part), BATCH) if part.streamed else len(part))
@@ -144,15 +152,18 @@ class StoredEncoders(Encoders):
                     one = part.ids[i]
                     if store.named and content[one] != found:
                         raise AfterimageError(
-                            f"{name}: features of {shown(one)} are of other pixels than the {split} image of that "
+                            f"{name}: features of {printable_path(one)} are of other pixels than the "
+                            f"{split} image of that "
                             "name: it was prepared otherwise, or is another image"
                         )
                     if found not in self._rows:
-                        raise AfterimageError(f"{name} has no features of the {split} image {shown(one)}")
+                        raise AfterimageError(
+                            f"{name} has no features of the {split} image {printable_path(one)}"
+                        )
         if unused := [one for one in content if one not in used]:
             self._unused = (
                 f"{name} also has features of {len(unused):,} ids that are no images of this run, for example "
-                f"{shown(unused[0])}"
+                f"{printable_path(unused[0])}"
             )
 
 
@@ -162,12 +173,13 @@ def _contents(images: Tensor) -> list[str]:
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
 
 
-def open_features(config: FeaturesConfig, progress: Progress = silent) -> FeatureStore:
+def open_features(config: FeaturesConfig, progress: Progress = no_progress) -> FeatureStore:
     """Open the feature store of a run; raise an `AfterimageError` if its digest is not that of the run's settings."""
     store = open_store(Path(local_path(config.path)), progress)
     if config.sha256 != store.digest:
         raise AfterimageError(
-            f"{shown(store.path)} is not the store that the run was made for: digest {config.sha256[:12]} then, "
+            f"{printable_path(store.path)} is not the store that the run was made for: digest "
+            f"{config.sha256[:12]} then, "
             f"{store.digest[:12]} now"
         )
     return store

@@ -23,11 +23,11 @@ from afterimage.models.reconstructor import Reconstructor
 from afterimage.runtime.device import retry_with_smaller_batch
 from afterimage.runtime.distributed import RankLost, distributed_context
 from afterimage.runtime.process import Stopped
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 from afterimage.training.decoder_trainer import DecoderTrainer, split_batch
 from afterimage.training.feature_loader import FeatureLoader, RunContext
 
-TRAINED_ELSEWHERE = "trained elsewhere: there is nothing to train, the decoder is measured as it is"
+IMPORTED_DECODER_NOTE = "trained elsewhere: there is nothing to train, the decoder is measured as it is"
 
 
 def train(
@@ -37,7 +37,7 @@ def train(
     *,
     seed: int = 42,
     accelerator: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
     """Train a reconstructor's decoder and leave it with the best weights by validation loss.
 
@@ -60,7 +60,7 @@ def train(
     """
     recipe = recipe or RecipeConfig()
     with distributed_context(accelerator) as ranks:
-        context = RunContext(ranks=ranks, progress=progress if ranks.is_main_process else silent)
+        context = RunContext(ranks=ranks, progress=progress if ranks.is_main_process else no_progress)
         fabric = ranks.local_fabric(accelerator, recipe.precision)
         reconstructor.to(fabric.device)
         encoders = reconstructor.encoders
@@ -208,8 +208,8 @@ class Trainer:
                     if decoder.model.closed_forms:
                         decoder.seconds += time.monotonic() - started
                     else:
-                        decoder.notes.append(TRAINED_ELSEWHERE)
-                        self.context.log(f"{decoder.name}: {TRAINED_ELSEWHERE}")
+                        decoder.notes.append(IMPORTED_DECODER_NOTE)
+                        self.context.log(f"{decoder.name}: {IMPORTED_DECODER_NOTE}")
                     decoder.keep(loss)
                 decoder.save()
 

@@ -16,7 +16,7 @@ from afterimage.config import AfterimageError, DataConfig, RecipeConfig
 from afterimage.config.audit import AuditConfig, LimitsConfig
 from afterimage.models.decoders import DECODERS
 from afterimage.report.audit.page import write_audit
-from afterimage.report.audit.verdict import OPEN, WITHIN, judge
+from afterimage.report.audit.verdict import INCONCLUSIVE, WITHIN, judge
 from afterimage.runs.run import TRACEBACK
 from stand_ins import decoder
 from test_audit import HERE, Decoded, no_lpips  # noqa: F401
@@ -91,7 +91,7 @@ def check(config, root, cache, whole, *, without, names, options=4):
     assert len(results.failures) == len(names) and len(verdict.options) == options
     for option in verdict.options:
         hurt = any(key[:2] == (option.layer, option.defence) for key in missing)
-        assert option.status == (OPEN if hurt else WITHIN)
+        assert option.status == (INCONCLUSIVE if hurt else WITHIN)
     if verdict.recommended:
         assert verdict.recommended.status == WITHIN
     write_audit(results, verdict, config.limits, root, command="afterimage audit")
@@ -107,7 +107,7 @@ def test_attackers_that_raise_end_themselves_alone(whole, cache, tmp_path, monke
     config = replace(CONFIG, attackers=Decoded(decoders=("linear", *broken, "wavelet")))
     results, verdict = audited(config, tmp_path, cache)
     assert rows(results) == whole and verdict.passed is False
-    assert len(results.failures) == 16 and {option.status for option in verdict.options} == {OPEN}
+    assert len(results.failures) == 16 and {option.status for option in verdict.options} == {INCONCLUSIVE}
     assert verdict.recommended is None
     for failure in results.failures:
         assert ": RuntimeError: a bug in somebody's code (traceback: cells/" in failure
@@ -232,7 +232,7 @@ def test_test_images_that_one_attacker_cannot_take_end_it_alone(whole, cache, tm
             raise BUG
         return evaluate(*arguments, names=names, **options)
 
-    monkeypatch.setattr(attackers, "evaluate_together", raising)
+    monkeypatch.setattr(attackers, "evaluate_batches", raising)
     check(
         CONFIG, tmp_path, cache, whole,
         without=lambda layer, defence, by: (defence, by) == ("none", "wavelet"),
@@ -288,4 +288,4 @@ def test_the_command_ends_with_3_and_names_what_is_missing(cache, tmp_path, monk
     out = capsys.readouterr().out
     assert ended.value.code == 3 and "Traceback" not in out
     assert "could not be measured: second, none, broken: RuntimeError: a bug in somebody's code" in out
-    assert f"an attacker could not be measured: {OPEN}" in out and "recommended: none" in out
+    assert f"an attacker could not be measured: {INCONCLUSIVE}" in out and "recommended: none" in out

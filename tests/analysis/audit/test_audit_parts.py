@@ -9,20 +9,20 @@ import torch
 
 from afterimage.analysis.audit.attackers import attacker_data
 from afterimage.analysis.audit.defences.chain import create_defence
-from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, whole_network
+from afterimage.analysis.audit.task_utility import CostUnavailable, measure_cost, whole_network
 from afterimage.config import DataConfig
 from afterimage.config.audit import LimitsConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.intervals import interval_dict, share_interval
 from afterimage.evaluation.metrics import Metrics
-from afterimage.evaluation.reidentification import Gallery, reduced
+from afterimage.evaluation.reidentification import Gallery, downscale
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.lpips import LPIPS
 from afterimage.report.audit.page import privacy_utility
-from afterimage.report.audit.verdict import LEAKS, OPEN, WITHIN, judge
-from afterimage.runs.audit import SIDE
-from afterimage.runs.results import Attacker, AttackFacts, Interval, Worst
+from afterimage.report.audit.verdict import INCONCLUSIVE, LEAKS, WITHIN, judge
+from afterimage.runs.audit import COMPARISON_SIDE
+from afterimage.runs.results import Attacker, AttackFacts, Interval, WorstCase
 
 
 def sample_images(count, seed=0, size=24):
@@ -76,11 +76,11 @@ def test_perceptual_distances_are_lpips(weights_folder, monkeypatch):
 
 
 def test_large_images_are_reduced_and_small_ones_are_not():
-    assert reduced(sample_images(1, size=300)).shape[-2:] == (SIDE, SIDE)
+    assert downscale(sample_images(1, size=300)).shape[-2:] == (COMPARISON_SIDE, COMPARISON_SIDE)
     small = sample_images(1, size=40)
-    assert reduced(small) is small
+    assert downscale(small) is small
     wide = torch.rand(1, 3, 224, 448)
-    assert reduced(wide).shape[-2:] == (SIDE, 2 * SIDE)
+    assert downscale(wide).shape[-2:] == (COMPARISON_SIDE, 2 * COMPARISON_SIDE)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_timm_network_goes_on_from_defended_features(model, layer):
 
 def test_a_network_whose_end_is_missing_has_no_utility(weights_folder):
     encoder = Encoder("resnet18.tv_in1k:layer1", weights=weights_folder, image_size=64)
-    with pytest.raises(Unavailable, match=r"lacks .*layer4"):
+    with pytest.raises(CostUnavailable, match=r"lacks .*layer4"):
         whole_network(encoder)
 
 
@@ -156,7 +156,7 @@ def row(layer, defence, ssim, found, decoder="linear", images=640):
     shares = {"pixels": interval(found), "correlation": interval(found / 2)}
     return AttackFacts(
         layer, defence, Attacker(decoder, images, "black-box", "", "decoded"), {"ssim": interval(ssim)},
-        Worst("image", ssim), shares, 100, 0.01, 1.0,
+        WorstCase("image", ssim), shares, 100, 0.01, 1.0,
     )  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def test_the_strongest_attacker_counts():
 
 def test_the_upper_end_decides():
     verdict = judge(ROWS, [], COSTS, LimitsConfig(0.35, 0.05))
-    assert [o.status for o in verdict.options] == [LEAKS, OPEN, WITHIN, WITHIN]
+    assert [o.status for o in verdict.options] == [LEAKS, INCONCLUSIVE, WITHIN, WITHIN]
     assert verdict.passed is False and "identification 4% (up to 6.0%)" in verdict.options[1].reasons[0]
     assert verdict.recommended.defence == "int8" and "within the limits" in verdict.reason
     assert (
@@ -212,7 +212,7 @@ def test_an_attacker_with_few_images_hides_no_leak_that_another_shows():
         assert "SSIM 0.440 (at least 0.420) against a limit of 0.4, linear" in option.reasons[0]
         assert "identification 65% (at least 63.0%) against a limit of 0.5, linear" in option.reasons[1]
     (option,) = judge([shown, refined], [], {("a", "none"): cost(1.0)}, LimitsConfig(0.45, 0.7)).options
-    assert option.status == OPEN and option.ssim.count == option.identification.count == 20
+    assert option.status == INCONCLUSIVE and option.ssim.count == option.identification.count == 20
 
 
 def test_without_limits_there_is_no_pass():

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from afterimage.analysis.audit.run import run_audit
-from afterimage.analysis.audit.target import load_pairs
+from afterimage.analysis.audit.target import load_stored_pairs
 from afterimage.config import AfterimageError, DataConfig, RecipeConfig
 from afterimage.config.audit import AuditConfig, LimitsConfig
 from afterimage.report.audit.verdict import judge
@@ -53,7 +53,7 @@ def write(path, arrays):
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".parquet"])
 def test_every_kind_of_file_holds_the_same(suffix, arrays, tmp_path):
-    data, _ = load_pairs(write(tmp_path / f"store{suffix}", arrays))
+    data, _ = load_stored_pairs(write(tmp_path / f"store{suffix}", arrays))
     parts = (data.train, data.validation, data.test)
     assert [len(part) for part in parts] == [39, 9, 12]
     assert len({i for part in parts for i in part.ids}) == COUNT
@@ -68,7 +68,7 @@ def test_every_kind_of_file_holds_the_same(suffix, arrays, tmp_path):
 
 def test_pixels_of_0_and_1_are_said(arrays, tmp_path):
     arrays["images"] = (arrays["images"] > 99).astype(np.uint8)
-    notes = load_pairs(write(tmp_path / "store.npz", arrays))[0].notes
+    notes = load_stored_pairs(write(tmp_path / "store.npz", arrays))[0].notes
     assert f"narrow range of values: {COUNT} of {COUNT} images use only values from 0 to 1" in notes[-1]
 
 
@@ -118,7 +118,7 @@ def test_another_split_of_a_store_is_another_measurement(arrays, tmp_path):
 )
 def test_how_features_are_understood_is_said(change, shape, said, arrays, tmp_path):
     arrays["features"] = change(arrays["features"])
-    data, store = load_pairs(write(tmp_path / "store.npz", arrays))
+    data, store = load_stored_pairs(write(tmp_path / "store.npz", arrays))
     spec = store.specs["features"]
     assert (spec.channels, spec.height, spec.width) == shape
     assert said in data.notes[0]
@@ -139,7 +139,7 @@ def test_several_layers_and_names(arrays, tmp_path):
         "ids": np.array([f"person {i}" for i in range(COUNT)]),
     }
     arrays["images"] = arrays.pop("images").transpose(0, 3, 1, 2).astype(np.float32) / 255
-    data, store = load_pairs(write(tmp_path / "store.npz", arrays))
+    data, store = load_stored_pairs(write(tmp_path / "store.npz", arrays))
     assert list(store.specs) == ["features", "deep"] and data.test.ids[0].startswith("person ")
     config = AuditConfig(pairs=str(tmp_path / "store.npz"), layers=("depe",))
     with pytest.raises(AfterimageError, match=r"unknown layer of .*'depe'; did you mean 'deep'"):
@@ -156,7 +156,7 @@ def test_nothing_is_unpickled(arrays, tmp_path, capsys):
         tmp_path / "evil.npz", images=arrays["images"], features=np.array([Evil()] * COUNT, dtype=object)
     )
     with pytest.raises(AfterimageError, match=r"cannot read .*evil.npz"):
-        load_pairs(tmp_path / "evil.npz")
+        load_stored_pairs(tmp_path / "evil.npz")
     assert "unpickled" not in capsys.readouterr().out
 
 
@@ -188,7 +188,7 @@ def twice(values):
 def test_a_store_that_cannot_be_used_is_named(change, message, arrays, tmp_path):
     change(arrays)
     with pytest.raises(AfterimageError, match=message):
-        load_pairs(write(tmp_path / "store.npz", arrays))
+        load_stored_pairs(write(tmp_path / "store.npz", arrays))
 
 
 @pytest.mark.parametrize(
@@ -203,10 +203,10 @@ def test_a_store_that_cannot_be_used_is_named(change, message, arrays, tmp_path)
 def test_a_damaged_file_is_named(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(AfterimageError, match=message):
-        load_pairs(tmp_path / name)
+        load_stored_pairs(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["gone.npz", "gone.safetensors"])
 def test_a_missing_file_is_named(name, tmp_path):
     with pytest.raises(AfterimageError, match=rf"cannot read .*{name}"):
-        load_pairs(tmp_path / name)
+        load_stored_pairs(tmp_path / name)

@@ -12,20 +12,20 @@ from afterimage.config import Axis, DataConfig, FeatureSpec, RecipeConfig
 from afterimage.config.audit import AuditConfig, LimitsConfig
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import (
-    SEEN,
+    VISIBLE_SUFFIX,
     Evaluation,
-    cropped,
-    evaluate_together,
-    reconstructions,
-    seen_notes,
+    crop_to_box,
+    evaluate_batches,
+    reconstruct_batches,
     summarise,
+    visibility_notes,
 )
 from afterimage.evaluation.metrics import Metrics, psnr, ssim
-from afterimage.models.decoders.canvas import seen_box
+from afterimage.models.decoders.canvas import visible_box
 from afterimage.report.audit.page import write_audit
 from afterimage.report.audit.verdict import LEAKS, SSIM_SEEN, judge
 from afterimage.runs.files import read_csv
-from afterimage.runs.results import SeenPart
+from afterimage.runs.results import VisibleRegion
 from simulated_runs import feature_map
 from test_audit import Decoded
 from test_audit_parts import cost, interval, row
@@ -72,7 +72,7 @@ def test_a_crop_does_not_pass_for_the_pixels_that_are_dropped(audits):
     assert verdict.options[0].ssim.by == SSIM_SEEN
     assert f"{SSIM_SEEN} {part.estimate:.3f}" in verdict.options[0].reasons[0]
     assert any(DROPPED in remark and "36.0% of their pixels" in remark for remark in verdict.remarks)
-    assert {f"{name}{end}" for name in ("pixels", "correlation") for end in ("", SEEN)} <= set(
+    assert {f"{name}{end}" for name in ("pixels", "correlation") for end in ("", VISIBLE_SUFFIX)} <= set(
         row.identification
     )
 
@@ -96,7 +96,7 @@ def test_everything_written_says_what_is_not_seen(audits, capsys):
 
 
 def test_the_part_that_leaks_more_decides():
-    seen = SeenPart((0, 32), (0, 32), 0.64, DROPPED)
+    seen = VisibleRegion((0, 32), (0, 32), 0.64, DROPPED)
     blurred = replace(row("a", "none", 0.3, 0.02), seen=seen, scores_seen={"ssim": interval(0.8)})
     verdict = judge([blurred], [], {("a", "none"): cost(1.0)}, LimitsConfig(max_ssim=0.5))
     assert verdict.passed is False and verdict.options[0].ssim.by == SSIM_SEEN
@@ -116,9 +116,9 @@ def test_what_several_maps_see_together():
         FeatureSpec("a:x", 1, 4, 4, axis(0, 32), axis(4, 40)),
         FeatureSpec("b:x", 1, 4, 4, axis(8, 36), None),
     ]
-    assert seen_box(specs[:1], (40, 40)) == ((0, 32), (4, 40))
-    assert seen_box(specs, (40, 40)) == ((0, 36), (0, 40))
-    assert seen_box([*specs, FeatureSpec("c:x", 1, 4, 4)], (40, 40)) is None
+    assert visible_box(specs[:1], (40, 40)) == ((0, 32), (4, 40))
+    assert visible_box(specs, (40, 40)) == ((0, 36), (0, 40))
+    assert visible_box([*specs, FeatureSpec("c:x", 1, 4, 4)], (40, 40)) is None
 
 
 @pytest.mark.parametrize("box", [((0, 32), (4, 40)), ((0, 8), (0, 40))])
@@ -141,21 +141,21 @@ def test_scores_of_what_is_seen_are_those_of_that_part(box):
         return [(images * 0.8 + noise[: len(images)]), images]
 
     metrics = Metrics(size=8)
-    batches = reconstructions(reconstruct, given, batch_size=5)
-    results = evaluate_together(batches, given.ids, metrics, seen=[box, None])
+    batches = reconstruct_batches(reconstruct, given, batch_size=5)
+    results = evaluate_batches(batches, given.ids, metrics, seen=[box, None])
     assert all(isinstance(result, Evaluation) for result in results)
     assert set(results[1].rows[0]) == {"id", "psnr", "ssim", "lpips"}
     outputs = reconstruct(given.images)[0]
-    expected = psnr(cropped(outputs, box), cropped(given.images, box))
+    expected = psnr(crop_to_box(outputs, box), crop_to_box(given.images, box))
     assert [r["psnr_seen"] for r in results[0].rows] == pytest.approx(expected.tolist())
     if box[0][1] < 11:
         assert results[0].rows[0]["ssim_seen"] is None
     else:
-        alike = ssim(cropped(outputs, box), cropped(given.images, box))
+        alike = ssim(crop_to_box(outputs, box), crop_to_box(given.images, box))
         assert [r["ssim_seen"] for r in results[0].rows] == pytest.approx(alike.tolist())
     unseen = (("a", "the last 8 rows are not seen"), ("b", ""))
     entries = [replace(feature_map(f"{name}:x", 1, 4), unseen=text) for name, text in unseen]
-    notes = seen_notes(entries, box, (40, 40), results[0].rows)
-    mean = summarise(results[0].rows, SEEN)["psnr"].mean
+    notes = visibility_notes(entries, box, (40, 40), results[0].rows)
+    mean = summarise(results[0].rows, VISIBLE_SUFFIX)["psnr"].mean
     assert notes[0] == "a:x: the last 8 rows are not seen" and f"{mean:.2f} dB" in notes[1]
-    assert seen_notes(entries[1:], None, (40, 40)) == []
+    assert visibility_notes(entries[1:], None, (40, 40)) == []

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.evaluation.baselines import BASELINES, baseline, label, run_baselines
+from afterimage.evaluation.baselines import BASELINES, baseline, display_name, run_baselines
 from afterimage.evaluation.metrics import psnr
 
 
@@ -81,7 +81,7 @@ def test_baselines_stay_in_range_and_take_each_image_alone(name, seed, hard):
 
 
 def test_baselines_of_every_table():
-    assert [label(name) for name in BASELINES] == [
+    assert [display_name(name) for name in BASELINES] == [
         "Mean colour",
         "Bicubic thumbnail 7×7",
         "Bicubic thumbnail 14×14",
@@ -96,7 +96,7 @@ def test_baselines_of_every_table():
     "name", ["", "mean-3", "thumbnail", "thumbnail-0", "thumbnail-07", "jpeg-101", "jpeg-0", "png"]
 )
 def test_unknown_names_are_errors_that_list_the_known_ones(name):
-    for function in (baseline, label):
+    for function in (baseline, display_name):
         with pytest.raises(AfterimageError, match=r"unknown baseline .*mean, thumbnail-7, .*jpeg-QUALITY"):
             function(name)
 

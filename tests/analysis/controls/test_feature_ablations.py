@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterimage.analysis.controls.feature_ablations import distance, level, sample, shuffle
-from afterimage.analysis.controls.run import PARTS, _Controls, run_controls
+from afterimage.analysis.controls.feature_ablations import distance, fill_channels, sample_features, shuffle
+from afterimage.analysis.controls.run import CONTROL_TYPES, _AblationMeasure, run_controls
 from afterimage.config import AfterimageError, DataConfig, DecoderConfig, RecipeConfig, RunConfig
 from afterimage.config.study import StudyConfig
 from afterimage.data.dataset import load_data
@@ -50,7 +50,7 @@ def test_each_image_is_shuffled_its_own_way():
 
 
 def test_level_features_say_nothing_of_the_image():
-    (made,) = level([maps(2, 3, 4, 5)], [torch.tensor([1.0, 2.0, 3.0])])
+    (made,) = fill_channels([maps(2, 3, 4, 5)], [torch.tensor([1.0, 2.0, 3.0])])
     assert torch.equal(made, torch.tensor([1.0, 2.0, 3.0])[None, :, None, None].expand(2, 3, 4, 5))
 
 
@@ -66,8 +66,10 @@ def test_the_identity_decoder_reencodes_at_distance_zero(tmp_path):
     images = load_data(DATA, cache=tmp_path).test.crops(range(4))
     encoders = MultiEncoder(CONFIG.sources, weights="random", image_size=64)
     reconstructor = Reconstructor(encoders, Recall(images[:3]))
-    measure = _Controls(
-        reconstructor, sample(encoders, load_data(DATA, cache=tmp_path).train), Metrics("squeeze", size=64)
+    measure = _AblationMeasure(
+        reconstructor,
+        sample_features(encoders, load_data(DATA, cache=tmp_path).train),
+        Metrics("squeeze", size=64),
     )
     features = encoders(images)
     measure.add(["a", "b", "c"], images[:3], images[:3], [f[:3] for f in features], [f[1:] for f in features])
@@ -89,7 +91,7 @@ class Recall(FeatureDecoder):
 def test_a_sample_has_the_features_mean_and_repeats(tmp_path):
     data = load_data(DATA, cache=tmp_path)
     encoders = MultiEncoder(CONFIG.sources, weights="random", image_size=64)
-    (table,), (again,) = sample(encoders, data.train), sample(encoders, data.train)
+    (table,), (again,) = sample_features(encoders, data.train), sample_features(encoders, data.train)
     assert torch.equal(table, again)
     (whole,) = encoders(data.train.crops(range(len(data.train))))
     torch.testing.assert_close(table.mean(1), whole.mean((0, 2, 3)), rtol=0.05, atol=0.02)
@@ -148,20 +150,20 @@ def test_fewer_bits_take_less_and_give_less(finished):
 
 def test_what_is_there_for_the_same_decoder_is_kept(finished, tmp_path):
     run, cache = finished
-    stamps = {part: run.file(f"{part}.json").stat().st_mtime_ns for part in PARTS}
+    stamps = {part: run.file(f"{part}.json").stat().st_mtime_ns for part in CONTROL_TYPES}
     path = run.file("error_breakdown.json")
     path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
     assert run_controls([run], cache=cache, accelerator="cpu") == []
-    changed = {part for part in PARTS if run.file(f"{part}.json").stat().st_mtime_ns != stamps[part]}
+    changed = {part for part in CONTROL_TYPES if run.file(f"{part}.json").stat().st_mtime_ns != stamps[part]}
     assert changed == {"error_breakdown"} and read(run, "error_breakdown")["format"] == 1
 
 
 def test_scores_of_another_lpips_network_are_measured_when_it_is_named(finished):
     run, cache = finished
     for lpips, expected in (("squeeze", set()), ("vgg", {"controls"}), (None, set()), ("vgg", set())):
-        stamps = {part: run.file(f"{part}.json").stat().st_mtime_ns for part in PARTS}
+        stamps = {part: run.file(f"{part}.json").stat().st_mtime_ns for part in CONTROL_TYPES}
         assert run_controls([run], lpips=lpips, cache=cache, accelerator="cpu") == []
-        assert {p for p in PARTS if run.file(f"{p}.json").stat().st_mtime_ns != stamps[p]} == expected
+        assert {p for p in CONTROL_TYPES if run.file(f"{p}.json").stat().st_mtime_ns != stamps[p]} == expected
     assert read(run, "controls")["lpips"]["net"] == "vgg"
 
 
@@ -188,7 +190,7 @@ def test_one_test_image_has_no_other(finished, tmp_path):
 def test_rows_without_a_decoder_are_passed_over(tmp_path):
     run = write_baseline(tmp_path, "mean")
     assert run_controls([run], accelerator="cpu") == []
-    assert not any(run.file(f"{part}.json").exists() for part in PARTS)
+    assert not any(run.file(f"{part}.json").exists() for part in CONTROL_TYPES)
 
 
 def test_twins(monkeypatch):
@@ -225,4 +227,6 @@ def test_a_study_with_controls_measures_them_all(tmp_path):
     assert not failures
     decoders = [run for run in runs if run.result.kind == "decoder"]
     assert len(decoders) == 1 < len(runs)
-    assert all(run.file(f"{part}.json").exists() == (run in decoders) for part in PARTS for run in runs)
+    assert all(
+        run.file(f"{part}.json").exists() == (run in decoders) for part in CONTROL_TYPES for run in runs
+    )

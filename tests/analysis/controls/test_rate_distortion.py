@@ -14,10 +14,10 @@ from PIL import Image
 from afterimage.analysis.controls.rate_distortion import (
     BITS,
     Quantiser,
-    codecs,
     coded_bytes,
     entropy,
     histograms,
+    measure_codecs,
 )
 from afterimage.evaluation.metrics import psnr
 
@@ -107,7 +107,7 @@ def sample_images():
 
 def test_codecs_are_pillows_whole_files():
     images = sample_images()
-    rows = {(r["codec"], r["quality"]): r for r in codecs(images.split(2))}
+    rows = {(r["codec"], r["quality"]): r for r in measure_codecs(images.split(2))}
     sizes, scores = [], []
     for sample_image in images:
         buffer = io.BytesIO()

@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
-from afterimage.analysis.inversion.measure import Batches, bound_controls, mean_features
-from afterimage.analysis.inversion.refinement import Refinement, decoder_errors, learn_from
+from afterimage.analysis.inversion.best_estimate import Corrector, correct, train_corrector
+from afterimage.analysis.inversion.measure import BatchCache, bound_controls, mean_features
+from afterimage.analysis.inversion.refinement import Refinement, decoder_errors, train_on_refined
 from afterimage.config import AfterimageError, DataConfig
-from afterimage.config.inversion import EstimateConfig, InvertConfig, error_images
+from afterimage.config.inversion import EstimateConfig, InvertConfig, num_error_images
 from afterimage.data.dataset import load_data
 from afterimage.evaluation.evaluate import to_uint8
 from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.decoders import create_decoder
 from afterimage.models.reconstructor import MultiEncoder, Reconstructor
-from afterimage.runtime.terminal import silent
+from afterimage.runtime.terminal import no_progress
 from afterimage.training.trainer import train
 
 FEW = EstimateConfig(images=16, steps=60, channels=8)
@@ -47,7 +47,7 @@ def noisy(count: int, size: tuple[int, int] = (50, 37)) -> list[torch.Tensor]:
 
 def test_a_corrector_starts_as_the_best_mixture_of_its_images():
     originals, decoded, refined = noisy(4)
-    corrector = learn_corrector(originals, decoded, refined, replace(FEW, steps=1))
+    corrector = train_corrector(originals, decoded, refined, replace(FEW, steps=1))
     start = Corrector(8, corrector.mix.item(), corrector.step, corrector.scale)(decoded, refined)
     step = refined - decoded
     mix = float((step * (originals - decoded)).sum() / step.square().sum())
@@ -58,7 +58,7 @@ def test_a_corrector_starts_as_the_best_mixture_of_its_images():
 
 def test_a_corrector_learns_to_average_what_is_invented():
     originals, *images = noisy(8)
-    corrector = learn_corrector(originals, *images, replace(FEW, steps=150))
+    corrector = train_corrector(originals, *images, replace(FEW, steps=150))
     estimate = correct(corrector, *images, "32-true")
     each = torch.cat(
         [correct(corrector, *[part[i : i + 1] for part in images], "32-true") for i in range(len(originals))]
@@ -112,10 +112,16 @@ def test_few_validation_images_do_no_harm(reconstructor, data, tmp_path):
     """Learned from images whose errors the search knows, where it does too well, an estimate is worse than both."""
     config = replace(data.config, limit_validation=8, limit_test=6)
     few = load_data(config, cache=tmp_path / "cache")
-    errors = decoder_errors(reconstructor, few.validation, error_images(8), "cpu")
+    errors = decoder_errors(reconstructor, few.validation, num_error_images(8), "cpu")
     refinement = Refinement(reconstructor, InvertConfig(steps=30), errors, 0)
-    corrector, count = learn_from(
-        refinement, few.validation, EstimateConfig(channels=16), Batches(tmp_path, ""), 0, "cpu", silent
+    corrector, count = train_on_refined(
+        refinement,
+        few.validation,
+        EstimateConfig(channels=16),
+        BatchCache(tmp_path, ""),
+        0,
+        "cpu",
+        no_progress,
     )
     images = few.test.crops(torch.arange(6))
     refined, decoded = list(refinement(images))[-1].images, reconstructor(images).clamp(0, 1)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from afterimage.analysis.inversion import objective
-from afterimage.analysis.inversion.objective import ShortAttention
+from afterimage.analysis.inversion.objective import MatmulAttention
 
 
 def attend(dtype, *, seed=0, shape=(2, 3, 37, 16), keys=37, **options):
@@ -29,7 +29,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"keys": 5}, {"attn_mask": None, "dropout_p": 0.0}])
 def test_it_comes_as_near_to_float32_as_pytorchs_kernel(options, calls):
     exact, theirs = attend(torch.float32, **options), attend(torch.bfloat16, **options)
-    with ShortAttention():
+    with MatmulAttention():
         ours = attend(torch.bfloat16, **options)
     assert calls
     for one, other, reference in zip(ours, theirs, exact, strict=True):
@@ -43,13 +43,13 @@ def test_it_comes_as_near_to_float32_as_pytorchs_kernel(options, calls):
 )
 def test_what_it_cannot_do_is_left_to_pytorch(options, calls):
     theirs = attend(torch.float32, **options)
-    with ShortAttention():
+    with MatmulAttention():
         ours = attend(torch.float32, **options)
     assert not calls and all(map(torch.equal, ours, theirs))
 
 
 def test_long_sequences_are_left_to_pytorch(monkeypatch, calls):
-    monkeypatch.setattr(objective, "MATRIX", 2 * 3 * 37 * 37 - 1)
-    with ShortAttention():
+    monkeypatch.setattr(objective, "MAX_ATTENTION_WEIGHTS", 2 * 3 * 37 * 37 - 1)
+    with MatmulAttention():
         attend(torch.bfloat16)
     assert not calls

@@ -23,7 +23,7 @@ from afterimage.data.sources.dead_leaves import dead_leaves
 from afterimage.experiments.queue import train_runs
 from afterimage.experiments.reproduce import verify_runs
 from afterimage.models.decoders import create_decoder
-from afterimage.models.decoders.canvas import Canvas, Span, carry_on
+from afterimage.models.decoders.canvas import Canvas, Span, extrapolate
 from afterimage.models.fusion import align, create_fusion
 from afterimage.report.write import write_report
 from afterimage.training.checkpoint import load_reconstructor
@@ -136,14 +136,14 @@ def test_what_follows_the_border_is_harmonic():
             :, :8
         ] / 4
     images = edge.float().expand(1, 3, 4, 48).mT
-    found = carry_on(images, ((0, 48), (0, 4)), (48, 12))
+    found = extrapolate(images, ((0, 48), (0, 4)), (48, 12))
     assert torch.equal(found[..., :4], images)
     torch.testing.assert_close(found[0, 0, :, 4:].double(), values[:, 1:], atol=0.01, rtol=0)
-    flipped = carry_on(images, ((0, 48), (8, 12)), (48, 12))
+    flipped = extrapolate(images, ((0, 48), (8, 12)), (48, 12))
     torch.testing.assert_close(flipped, found.flip(-1))
-    turned = carry_on(images.mT, ((0, 4), (0, 48)), (12, 48))
+    turned = extrapolate(images.mT, ((0, 4), (0, 48)), (12, 48))
     torch.testing.assert_close(turned, found.mT)
-    flat = carry_on(torch.full((1, 1, 5, 7), 0.25), ((2, 7), (1, 8)), (9, 30))
+    flat = extrapolate(torch.full((1, 1, 5, 7), 0.25), ((2, 7), (1, 8)), (9, 30))
     torch.testing.assert_close(flat, torch.full((1, 1, 9, 30), 0.25))
 
 

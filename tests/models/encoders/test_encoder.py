@@ -11,7 +11,7 @@ from torch import nn
 
 from afterimage.config import AfterimageError
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.providers import open_network, resolve
+from afterimage.models.encoders.providers import open_network, resolve_source
 from afterimage.models.encoders.providers.base import seeded
 from afterimage.models.encoders.tracing import list_layers, trace
 from encoder_checks import assert_same, randomise_statistics
@@ -260,9 +260,12 @@ def test_every_module_is_listed_on_request():
 
 
 def test_the_tag_is_pinned_and_the_layers_word_kept():
-    assert resolve("vgg16:block1") == "vgg16.tv_in1k:block1"
-    assert resolve("resnet34.tv_in1k:layer1") == "resnet34.tv_in1k:layer1"
-    assert resolve("vit_base_patch16_224:blocks.5") == "vit_base_patch16_224.augreg2_in21k_ft_in1k:blocks.5"
+    assert resolve_source("vgg16:block1") == "vgg16.tv_in1k:block1"
+    assert resolve_source("resnet34.tv_in1k:layer1") == "resnet34.tv_in1k:layer1"
+    assert (
+        resolve_source("vit_base_patch16_224:blocks.5")
+        == "vit_base_patch16_224.augreg2_in21k_ft_in1k:blocks.5"
+    )
     assert Encoder("vgg11:block1", weights="random").sources == ("vgg11.tv_in1k:block1",)
 
 

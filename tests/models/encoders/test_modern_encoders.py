@@ -8,7 +8,7 @@ import torch
 
 from afterimage.config import split_source
 from afterimage.config.study import load_study
-from afterimage.experiments.study import expand
+from afterimage.experiments.study import expand_study
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.tracing import trace
@@ -45,7 +45,7 @@ def native_size(model):
 
 @pytest.fixture(scope="module", params=STUDIES)
 def configs(request):
-    return expand(load_study(request.param))
+    return expand_study(load_study(request.param))
 
 
 def test_every_model_has_weights_and_its_native_size(configs):
@@ -66,7 +66,7 @@ def test_the_atlas_has_every_stage_or_block_of_encoders_with_weights_the_small_a
     sources = load_study("atlas").sources
     failures = []
     rows = {
-        source: expand(replace(load_study("atlas"), sources=(source,)), failures=failures)
+        source: expand_study(replace(load_study("atlas"), sources=(source,)), failures=failures)
         for source in sources
     }
     assert not failures and all(len(found) >= 3 for found in rows.values())
@@ -76,7 +76,7 @@ def test_the_atlas_has_every_stage_or_block_of_encoders_with_weights_the_small_a
 
 
 def test_the_studies_cover_the_families():
-    sources = {s for name in STUDIES for config in expand(load_study(name)) for s in config.sources}
+    sources = {s for name in STUDIES for config in expand_study(load_study(name)) for s in config.sources}
     models = {split_source(source)[0] for source in sources}
     assert not [family for family in FAMILIES if not any(family in model for model in models)]
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from afterimage.analysis.audit.task_utility import Unavailable, whole_network
+from afterimage.analysis.audit.task_utility import CostUnavailable, whole_network
 from afterimage.config import AfterimageError
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import open_network
-from afterimage.models.encoders.providers.python import OwnNetwork
+from afterimage.models.encoders.providers.python import CustomNetwork
 from afterimage.models.encoders.tracing import Trace, list_layers
 from afterimage.models.reconstructor import MultiEncoder
 
@@ -120,7 +120,7 @@ def test_the_weights_of_an_attention_that_pools_are_not_listed():
             tokens = self.second(self.first(sample_images)).flatten(2).transpose(1, 2)
             return self.attention(self.probe.expand(len(tokens), -1, -1), tokens, tokens)[0][:, 0]
 
-    traced = Trace(OwnNetwork.of(Pooling()), (SIZE, SIZE))
+    traced = Trace(CustomNetwork.of(Pooling()), (SIZE, SIZE))
     assert traced.names == ["first", "second"]
     assert traced.layer("attention").layout.channels == 1  # who names it gets it
 
@@ -330,7 +330,7 @@ def test_what_bypasses_the_layer_is_found():
 
 def test_a_network_without_one_answer_has_no_utility():
     network = whole_network(Encoder(Net(lambda m: {}), ["stem"], image_size=SIZE))
-    with pytest.raises(Unavailable, match="returns nothing"):
+    with pytest.raises(CostUnavailable, match="returns nothing"):
         network(images())
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from afterimage.config import Axis
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.follow import PositionFlow
+from afterimage.models.encoders.follow import PositionTracer
 from afterimage.models.encoders.forward_trace import ForwardTrace
 from afterimage.models.encoders.layers import describe_unseen, find_placement
 from afterimage.models.encoders.providers import open_network
@@ -215,7 +215,7 @@ class _Mean(nn.Module):
 class _Follow(TorchDispatchMode):
     def __init__(self, images):
         super().__init__()
-        self.flow = PositionFlow(images)
+        self.flow = PositionTracer(images)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

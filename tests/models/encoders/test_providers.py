@@ -12,7 +12,7 @@ from torchvision import models
 from afterimage.config import PROVIDERS, AfterimageError
 from afterimage.models.decoders import DECODERS, create_decoder
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.providers import NETWORKS, open_network, resolve
+from afterimage.models.encoders.providers import NETWORKS, open_network, resolve_source
 from afterimage.models.encoders.tracing import list_layers, trace
 from encoder_checks import assert_same, randomise_statistics
 from encoder_contract import assert_locations_in_order, quadrants
@@ -132,7 +132,7 @@ def test_the_names_of_providers_are_those_that_exist():
     with pytest.raises(
         AfterimageError, match="providers: timm, torchvision, transformers, open_clip, diffusers, python"
     ):
-        resolve("torchvision/resnet18")
+        resolve_source("torchvision/resnet18")
 
 
 @pytest.mark.parametrize("name", some(TORCHVISION, "squeezenet1_1"))
@@ -403,7 +403,7 @@ def test_a_published_tower_of_open_clip_is_normalised_and_named_by_its_tag():
     network = open_network("open_clip/ViT-B-32::laion2b_s34b_b79k")
     assert network.name == "open_clip/ViT-B-32::laion2b_s34b_b79k" and network.native_size == (224, 224)
     assert network.mean[0] == pytest.approx(0.48145466)
-    assert resolve("open_clip/ViT-B-32::openai:block3") == "open_clip/ViT-B-32::openai:block3"
+    assert resolve_source("open_clip/ViT-B-32::openai:block3") == "open_clip/ViT-B-32::openai:block3"
 
 
 ROLES = {

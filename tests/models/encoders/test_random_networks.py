@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from afterimage.models.encoders.forward_trace import ForwardTrace
-from afterimage.models.encoders.providers.base import CLOSED, open_branches
+from afterimage.models.encoders.providers.base import CLOSED_GAIN, open_branches
 
 WIDTH, SIZE = 8, (16, 16)
 
@@ -90,7 +90,7 @@ def test_of_a_network_that_ends_early_what_runs_is_opened():
     model = Branches(ends_early=True).eval()
     open_as_seen(model)
     assert model.a.unique().item() == model.gain.unique().item() == 1
-    assert model.f.weight.unique().item() == 0 and model.linear.weight.std() < CLOSED
+    assert model.f.weight.unique().item() == 0 and model.linear.weight.std() < CLOSED_GAIN
 
 
 def test_a_factor_that_two_blocks_share_is_opened_once():

@@ -33,7 +33,7 @@ def agree(ours, expected, inputs, gradient):
 @pytest.mark.parametrize(("n", "d", "scale"), [(600, 8, 1.0), (700, 3, 1.5), (513, 1, 0.1)])
 def test_narrow_heads_give_what_the_built_in_kernel_gives(n, d, scale, compiled, monkeypatch):
     q, k, v = tokens(2, 3, n, d, scale=scale)
-    assert float(_bound(q, k).max()) < module.LARGEST
+    assert float(_bound(q, k).max()) < module.MAX_SCORE_BOUND
     with monkeypatch.context() as only:
         only.setattr(F, "scaled_dot_product_attention", None)
         ours = attend(q, k, v)
@@ -66,7 +66,7 @@ def test_no_images_give_no_tokens(compiled):
 
 def test_scores_that_could_underflow_go_to_the_built_in_kernel():
     q, k, v = tokens(1, 1, 600, 8, scale=12.0)
-    assert float(_bound(q, k).max()) > module.LARGEST
+    assert float(_bound(q, k).max()) > module.MAX_SCORE_BOUND
     out = attend(q, k, v)
     assert out.isfinite().all() and torch.equal(out, F.scaled_dot_product_attention(q, k, v))
 

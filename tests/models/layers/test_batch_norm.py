@@ -11,7 +11,7 @@ from afterimage.config import DataConfig, DecoderConfig, RecipeConfig, RunConfig
 from afterimage.models.layers.blocks import BatchNorm, adapt_batch_norms
 from afterimage.runs.run import Run
 from afterimage.runtime.distributed import distributed_context
-from afterimage.training.decoder_trainer import SINGLE
+from afterimage.training.decoder_trainer import SINGLE_VALUE_NOTE
 from afterimage.training.losses import MSE
 from children import result
 from rank_children import run_ranks, train_ranks
@@ -40,7 +40,7 @@ def one(cache, tmp_path_factory):
 
 
 def notes(run):
-    return [note for note in run.result.notes if SINGLE in note]
+    return [note for note in run.result.notes if SINGLE_VALUE_NOTE in note]
 
 
 def norms():

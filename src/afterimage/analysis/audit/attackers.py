@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from afterimage.analysis.audit.defences.chain import Defence
-from afterimage.analysis.audit.improve import improve
+from afterimage.analysis.audit.improve import refine_and_estimate
 from afterimage.analysis.audit.session import KEEP, AuditCondition, AuditSession
 from afterimage.analysis.audit.target import StoredImages
-from afterimage.config import AfterimageError, counted
+from afterimage.config import AfterimageError, format_count
 from afterimage.config.audit import BLACK_BOX, DECODED
-from afterimage.data.duplicates import shared
+from afterimage.data.duplicates import shared_indices
 from afterimage.data.images import Data, ImageSet
-from afterimage.evaluation.evaluate import Reconstructed, evaluate_together
-from afterimage.evaluation.reidentification import Compared, compared, joined
+from afterimage.evaluation.evaluate import Reconstructed, evaluate_batches
+from afterimage.evaluation.reidentification import Compared, concatenate_batches, prepare_images
 from afterimage.models.decoders import create_decoder, decoder_family
 from afterimage.models.reconstructor import FeatureDecoder
 from afterimage.models.weight_files import load_tensors
 from afterimage.runs.run import Run, is_done
-from afterimage.runtime.failures import together
+from afterimage.runtime.failures import run_all_or_each
 from afterimage.training.checkpoint import remove_checkpoint
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.feature_loader import FeatureLoader, RunContext
@@ -130,7 +130,7 @@ def attack_layer(
         sent = DefendedFeatures(source, [defences[text] for text in texts], encoder)
         _attack(session, sent, data, [one for one in own(texts) if not session.is_done(one)])
 
-    together(
+    run_all_or_each(
         attack, list(defences), lambda text, error: session.failed(f"{layer}, {text}", error, own([text]))
     )
 
@@ -165,7 +165,7 @@ def _attack(
                 c for c in missing if (c.defence, c.decoder, c.threat_model) == asked and c.answer != DECODED
             ]
             if own:
-                improve(loader, decoder, own)
+                refine_and_estimate(loader, decoder, own)
 
 
 def _train(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
@@ -187,7 +187,7 @@ def _train(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) ->
             decoder.model.load_state_dict(decoder.best)
             decoder.save_best()
 
-    together(
+    run_all_or_each(
         lambda sound: _measure(loader, sound),
         [d for d in fresh if d.best and not d.failed],
         lambda decoder, error: context.fail(decoder.run, error),
@@ -204,11 +204,11 @@ def _measure(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) 
         for indices, images, sent in loader.batches(test):
             outputs = [decoder.reconstruct(sent) for decoder in decoders]
             for kept, output in zip(small, outputs, strict=True):
-                kept.append(compared(output, box))
+                kept.append(prepare_images(output, box))
             yield indices, images, outputs
 
     names = [decoder.name for decoder in decoders]
-    results = evaluate_together(
+    results = evaluate_batches(
         reconstructions(), test.ids, session.metrics, names=names, progress=context.progress, keep=KEEP,
         seen=[box] * len(decoders),
     )  # fmt: skip
@@ -216,7 +216,9 @@ def _measure(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) 
         with context.isolate(decoder.run):
             condition, took = context.conditions[decoder.run], decoder.seconds
             images, notes = result.images, decoder.notes
-            session.save(condition, result.rows, images, joined(parts), seconds=took, notes=notes)
+            session.save(
+                condition, result.rows, images, concatenate_batches(parts), seconds=took, notes=notes
+            )
             remove_checkpoint(decoder.run)
 
 
@@ -233,10 +235,10 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
         AfterimageError: the pool holds a test image
     """
     own = pool.train.joined(pool.validation)
-    places = shared(own, data.test)
+    places = shared_indices(own, data.test)
     if len(places):
         raise AfterimageError(
-            f"the attacker's own images hold {counted(len(places), 'test image')}, for example "
+            f"the attacker's own images hold {format_count(len(places), 'test image')}, for example "
             f"{own.ids[places[0]]}: take them out"
         )
     if count != "all" and int(count) > len(own):
@@ -251,7 +253,7 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
 
 
 @torch.no_grad()
-def calibration(
+def calibration_features(
     sent: DefendedFeatures, image_set: ImageSet, device: torch.device | str, batch_size: int
 ) -> Tensor:
     """Return the features that a defence is fitted on, of the first images: at most 128, or about 512 MiB."""

@@ -10,28 +10,30 @@ import torch
 from torch import Tensor
 
 from afterimage.analysis.audit.session import KEEP, AuditCondition
-from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
+from afterimage.analysis.inversion.best_estimate import Corrector, correct, train_corrector
 from afterimage.analysis.inversion.decoder_errors import DecoderErrors
 from afterimage.analysis.inversion.invert import invert
-from afterimage.config import counted
+from afterimage.config import format_count
 from afterimage.config.audit import ESTIMATE, REFINED, WHITE_BOX
 from afterimage.config.inversion import (
     EstimateConfig,
     InvertConfig,
-    error_images,
-    other_images,
+    num_error_images,
     search_precision,
+    tuning_image_indices,
 )
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import score_rows, to_uint8
-from afterimage.evaluation.reidentification import Compared, compared, joined
+from afterimage.evaluation.reidentification import Compared, concatenate_batches, prepare_images
 from afterimage.training.decoder_trainer import DecoderTrainer
 from afterimage.training.feature_loader import FeatureLoader
 
 BATCH = 4
 
 
-def improve(loader: FeatureLoader, decoder: DecoderTrainer, conditions: Sequence[AuditCondition]) -> None:
+def refine_and_estimate(
+    loader: FeatureLoader, decoder: DecoderTrainer, conditions: Sequence[AuditCondition]
+) -> None:
     """Improve a trained decoder's reconstructions of test images, and save the measurements.
 
     In the white-box threat model, each image is refined until its features match those that were sent. The
@@ -66,9 +68,9 @@ def improve(loader: FeatureLoader, decoder: DecoderTrainer, conditions: Sequence
         notes = {REFINED: told}
         if any(condition.answer == ESTIMATE for condition in conditions):
             wanted, own = attackers.estimate.images, len(loader.data.validation)
-            taught = other_images(own, wanted) if white_box else range(min(wanted, own))
+            taught = tuning_image_indices(own, wanted) if white_box else range(min(wanted, own))
             attack.learn(taught, attackers.estimate)
-            images = counted(len(taught), "image")
+            images = format_count(len(taught), "image")
             notes[ESTIMATE] = f"{told}, then corrected by what {images} of the attacker's own taught"
         found = attack.measure(conditions, count)
         seconds = time.monotonic() - started
@@ -97,7 +99,7 @@ class _Attack:
     def begin_refining(self, steps: int) -> None:
         """Refine images from now on, in this number of steps; learn the decoder's errors first."""
         self.method = InvertConfig(steps=steps, precision=self.precision)
-        if known := error_images(len(self.loader.data.validation)):
+        if known := num_error_images(len(self.loader.data.validation)):
             self.errors = DecoderErrors.learn(self._errors(known))
 
     @torch.no_grad()
@@ -117,7 +119,7 @@ class _Attack:
             progress("attacking own images, to learn from", done, len(chosen))
         parts = (torch.cat(part) for part in zip(*groups, strict=True))
         options = {"precision": self.precision, "seed": loader.seed, "device": str(loader.fabric.device)}
-        self.corrector = learn_corrector(*parts, config, **options, progress=progress)
+        self.corrector = train_corrector(*parts, config, **options, progress=progress)
 
     def measure(
         self, conditions: Sequence[AuditCondition], count: int
@@ -136,9 +138,11 @@ class _Attack:
                 rows[answer] += score_rows(ids, originals, [found], session.metrics, [box])[0]
                 kept = zip(ids, to_uint8(originals), to_uint8(found), strict=True)
                 images[answer] += list(kept)[: max(0, KEEP - len(images[answer]))]
-                small[answer].append(compared(found, box))
+                small[answer].append(prepare_images(found, box))
             session.progress(f"attacking {conditions[0].label}", done, count)
-        return {answer: (rows[answer], images[answer], joined(small[answer])) for answer in answers}
+        return {
+            answer: (rows[answer], images[answer], concatenate_batches(small[answer])) for answer in answers
+        }
 
     def _answers(self, image_set: ImageSet, chosen: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield batches of the images at the indices `chosen`, decoded images and refined images."""

@@ -13,23 +13,28 @@ from afterimage.analysis.audit.attackers import (
     DefendedFeatures,
     attack_layer,
     attacker_data,
-    calibration,
+    calibration_features,
     mean_image,
 )
 from afterimage.analysis.audit.defences.chain import Defence, create_defence
 from afterimage.analysis.audit.session import VERSION, AuditCondition, AuditSession
-from afterimage.analysis.audit.task_utility import Unavailable, measure_cost, no_cost, whole_network
-from afterimage.config import FeatureSpec, dump_toml, shown
-from afterimage.config.audit import BLACK_BOX, DECODED, AuditConfig, digest
+from afterimage.analysis.audit.task_utility import (
+    CostUnavailable,
+    cost_without_network,
+    measure_cost,
+    whole_network,
+)
+from afterimage.config import FeatureSpec, dump_toml, printable_path
+from afterimage.config.audit import BLACK_BOX, DECODED, AuditConfig, short_digest
 from afterimage.data.images import Data
 from afterimage.evaluation.evaluate import evaluate
-from afterimage.evaluation.reidentification import reduced
+from afterimage.evaluation.reidentification import downscale
 from afterimage.models.encoders.providers import at_native_size
-from afterimage.runs.audit import BLIND, Results
+from afterimage.runs.audit import NO_FEATURES_ATTACKER, AuditResults
 from afterimage.runs.files import read_json, write_atomic, write_json
 from afterimage.runs.run import environment
-from afterimage.runtime.failures import foreseen, one_line, together
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.failures import is_expected, one_line, run_all_or_each
+from afterimage.runtime.terminal import Progress, no_progress
 
 
 def run_audit(
@@ -38,8 +43,8 @@ def run_audit(
     *,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
-) -> Results:
+    progress: Progress = no_progress,
+) -> AuditResults:
     """Measure every condition that is not done yet, each into a folder below `root`.
 
     If a layer, a defence or an attacker fails with any error, it is listed in `failures` of the results, its
@@ -58,7 +63,8 @@ def run_audit(
     path, text = session.root / "audit.toml", dump_toml(config)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         session.note(
-            f"{shown(root)} held another audit: its cells are kept, its page, audit.json and audit.toml replaced"
+            f"{printable_path(root)} held another audit: its cells are kept, its page, audit.json and "
+            "audit.toml replaced"
         )
     write_atomic(path, text)
     write_json(session.root / "environment.json", environment() | {"device": str(session.fabric.device)})
@@ -66,9 +72,9 @@ def run_audit(
         session.failed(layer, error)
     attackers = dict(_attackers(session))
     for data in attackers.values():
-        condition = session.condition("", "", BLIND, data, BLACK_BOX, DECODED)
-        with session.ending(f"{BLIND}, {condition.images:,} images", [condition]):
-            _guess_blindly(session, condition, data)
+        condition = session.condition("", "", NO_FEATURES_ATTACKER, data, BLACK_BOX, DECODED)
+        with session.ending(f"{NO_FEATURES_ATTACKER}, {condition.images:,} images", [condition]):
+            _measure_mean_image(session, condition, data)
     for layer in session.target.layers:
         _audit_layer(session, layer, attackers)
     return session.results
@@ -83,7 +89,7 @@ def _check_defences(session: AuditSession) -> None:
                 _defence(session, text, spec)
             except Exception as error:
                 errors.append(error)
-        if len(errors) == len(session.target.specs) and foreseen(errors[0]):
+        if len(errors) == len(session.target.specs) and is_expected(errors[0]):
             raise errors[0]
 
 
@@ -103,7 +109,7 @@ def _attackers(session: AuditSession) -> Iterator[tuple[int, Data]]:
             yield len(data.train) + len(data.validation), data
 
 
-def _guess_blindly(session: AuditSession, condition: AuditCondition, data: Data) -> None:
+def _measure_mean_image(session: AuditSession, condition: AuditCondition, data: Data) -> None:
     """Measure the attacker without features, who answers with the mean of their own training images."""
     if not session.is_done(condition):
         session.begin(condition)
@@ -116,7 +122,7 @@ def _guess_blindly(session: AuditSession, condition: AuditCondition, data: Data)
             device=session.fabric.device,
             progress=session.progress,
         )
-        small = {"": reduced(mean).expand(len(data.test), -1, -1, -1)}
+        small = {"": downscale(mean).expand(len(data.test), -1, -1, -1)}
         session.save(condition, result.rows, [], small, seconds=time.monotonic() - started, notes=[])
     session.collect(condition, session.results.blind)
 
@@ -142,7 +148,7 @@ def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data
             encoder = None
             if not session.target.is_stored:
                 encoder = session.target.encoder(layer).to(session.fabric.device)
-            defences = _fitted(session, layer, encoder, every)
+            defences = _fit_defences(session, layer, encoder, every)
             _measure_costs(session, layer, encoder, {t: defences[t] for t in unknown if t in defences}, costs)
             for count, conditions in wanted.items():
                 own = [condition for condition in conditions if condition.defence in defences]
@@ -159,13 +165,13 @@ def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data
             session.failed(condition.label, error)
 
 
-def _fitted(
+def _fit_defences(
     session: AuditSession, layer: str, encoder: nn.Module | None, conditions: Sequence[AuditCondition]
 ) -> dict[str, Defence]:
     """Fit every defence on the first training images of the audited data; leave out those that fail."""
     spec, device = session.target.specs[layer], session.fabric.device
     images, batch_size = session.target.data.train, session.config.recipe.batch_size
-    maps = calibration(DefendedFeatures(spec.source, [], encoder), images, device, batch_size)
+    maps = calibration_features(DefendedFeatures(spec.source, [], encoder), images, device, batch_size)
     found: dict[str, Defence] = {}
     for text in session.config.defences:
         own = [condition for condition in conditions if condition.defence == text]
@@ -177,7 +183,7 @@ def _fitted(
 def _cost_file(session: AuditSession, layer: str, defence: str) -> Path:
     settings = session.condition(layer, defence, "", session.target.data, BLACK_BOX, DECODED).settings
     asked = {"layer": layer, "defence": defence, "kind": session.config.prediction, "version": VERSION}
-    return session.root / "costs" / f"{digest({**settings, **asked})}.json"
+    return session.root / "costs" / f"{short_digest({**settings, **asked})}.json"
 
 
 def _measure_costs(
@@ -195,7 +201,7 @@ def _measure_costs(
         chosen = [defences[text] for text in texts]
         try:
             if encoder is None:
-                raise Unavailable("a store holds no network to go on with")
+                raise CostUnavailable("a store holds no network to go on with")
             costs = measure_cost(
                 whole_network(encoder, config.prediction),
                 chosen,
@@ -205,14 +211,14 @@ def _measure_costs(
                 device=session.fabric.device,
                 progress=session.progress,
             )
-        except Unavailable as error:
-            costs = [no_cost(defence, str(error)) for defence in chosen]
+        except CostUnavailable as error:
+            costs = [cost_without_network(defence, str(error)) for defence in chosen]
         for text, cost in zip(texts, costs, strict=True):
             write_json(files[text], cost)
 
     def failed(text: str, error: Exception) -> None:
         reason = f"measuring it failed: {one_line(error)}"
-        session.results.costs[layer, text] = no_cost(defences[text], reason)
+        session.results.costs[layer, text] = cost_without_network(defences[text], reason)
         session.failed(f"{layer}, {text}, what it costs", error)
 
-    together(measure, list(defences), failed)
+    run_all_or_each(measure, list(defences), failed)

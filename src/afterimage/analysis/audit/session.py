@@ -14,18 +14,24 @@ import torch
 
 from afterimage.analysis.audit.target import open_target
 from afterimage.config import AfterimageError, to_dict
-from afterimage.config.audit import ESTIMATE, WHITE_BOX, AuditConfig, digest
+from afterimage.config.audit import ESTIMATE, WHITE_BOX, AuditConfig, short_digest
 from afterimage.data.images import Data
-from afterimage.evaluation.evaluate import SEEN, Box, cropped, score_notes, summarise
+from afterimage.evaluation.evaluate import VISIBLE_SUFFIX, Box, crop_to_box, score_notes, summarise
 from afterimage.evaluation.intervals import mean_interval, share_interval
 from afterimage.evaluation.metrics import Metrics
-from afterimage.evaluation.reidentification import Compared, Gallery, reduced
-from afterimage.runs.audit import Attack, Results
+from afterimage.evaluation.reidentification import Compared, Gallery, downscale
+from afterimage.runs.audit import Attack, AuditResults
 from afterimage.runs.files import write_json
-from afterimage.runs.results import METRICS, Attacker, AttackFacts, Interval, Result, Worst
-from afterimage.runs.run import TRACEBACK, Run, forget, is_done, record
-from afterimage.runtime.device import one_device
-from afterimage.runtime.failures import EVERYTHING, as_error, concerns, let_go, of_caller
+from afterimage.runs.results import METRICS, Attacker, AttackFacts, Interval, Result, WorstCase
+from afterimage.runs.run import TRACEBACK, Run, is_done, remove_traceback, write_failure
+from afterimage.runtime.device import create_single_device_fabric
+from afterimage.runtime.failures import (
+    EVERYTHING,
+    clear_error_frames,
+    error_scope,
+    protect_callback,
+    to_afterimage_error,
+)
 from afterimage.runtime.terminal import Progress
 
 KEEP = 4
@@ -60,7 +66,7 @@ class AuditCondition:
         """Name of the condition's folder."""
         parts = (self.layer, self.defence, self.decoder, str(self.images), self.threat_model, self.answer)
         slug = re.sub(r"[^A-Za-z0-9_.+]+", "-", "-".join(parts)).strip("-.")
-        return f"{slug[:100]}-{digest({**self.settings, 'cell': parts, 'version': VERSION})}"
+        return f"{slug[:100]}-{short_digest({**self.settings, 'cell': parts, 'version': VERSION})}"
 
     @property
     def attacker(self) -> Attacker:
@@ -85,15 +91,15 @@ class AuditSession:
     def __init__(
         self, config: AuditConfig, root: Path, *, cache: Path | None, accelerator: str, progress: Progress
     ) -> None:
-        self.config, self.root, self.progress = config, root, of_caller(progress)
+        self.config, self.root, self.progress = config, root, protect_callback(progress)
         self.target = open_target(config, cache=cache, progress=self.progress)
         if len(self.target.data.test) < 2:
             raise AfterimageError(
                 "an audit needs 2 test images or more: a verdict rests on intervals over them"
             )
-        self.fabric = one_device(accelerator, config.recipe.precision)
+        self.fabric = create_single_device_fabric(accelerator, config.recipe.precision)
         self.metrics = Metrics(config.lpips, size=min(self.target.image_size)).to(self.fabric.device)
-        self.results = Results(self._describe(), notes=list(self.target.notes))
+        self.results = AuditResults(self._describe(), notes=list(self.target.notes))
         self._galleries: dict[Box | None, Gallery] = {}
 
     def _describe(self) -> dict[str, Any]:
@@ -154,7 +160,7 @@ class AuditSession:
         if not run.file("cell.json").exists():
             asked = {"layer": condition.layer, "defence": condition.defence, **asdict(condition.attacker)}
             write_json(run.file("cell.json"), asked | {"settings": condition.settings})
-        forget(run)
+        remove_traceback(run)
         return run
 
     def save(
@@ -183,7 +189,7 @@ class AuditSession:
         }
         columns = {f"found_by_{name}": values for name, values in found.items()}
         rows = [row | {k: int(v[i]) for k, v in columns.items()} for i, row in enumerate(rows)]
-        worst, ssim = max(((row["id"], _most(row)) for row in rows), key=lambda pair: pair[1])
+        worst, ssim = max(((row["id"], _max_ssim(row)) for row in rows), key=lambda pair: pair[1])
         candidates = len(galleries[""].originals)
         seen = self.target.seen(layer) if layer else None
         facts = AttackFacts(
@@ -191,13 +197,13 @@ class AuditSession:
             defence=condition.defence,
             attacker=condition.attacker,
             scores=_intervals(rows),
-            worst=Worst(worst, ssim),
+            worst=WorstCase(worst, ssim),
             identification={name: share_interval(values) for name, values in found.items()},
             candidates=candidates,
             chance=1 / candidates,
             seconds=round(seconds, 2),
             seen=seen,
-            scores_seen=None if seen is None else _intervals(rows, SEEN),
+            scores_seen=None if seen is None else _intervals(rows, VISIBLE_SUFFIX),
         )
         result = Result(
             kind="attack",
@@ -208,7 +214,7 @@ class AuditSession:
             scores=summarise(rows),
             per_image=tuple(rows),
             attack=facts,
-            scores_seen=None if seen is None else summarise(rows, SEEN),
+            scores_seen=None if seen is None else summarise(rows, VISIBLE_SUFFIX),
             notes=(*notes, *score_notes(rows)),
         )
         run = self.run(condition)
@@ -220,10 +226,10 @@ class AuditSession:
         box = self.target.box(layer) if layer else None
         for one in {None, box} - self._galleries.keys():
             test = self.target.data.test
-            parts = [reduced(cropped(test.crops(i), one)) for i in torch.arange(len(test)).split(16)]
+            parts = [downscale(crop_to_box(test.crops(i), one)) for i in torch.arange(len(test)).split(16)]
             self._galleries[one] = Gallery(torch.cat(parts).to(self.fabric.device), self.metrics.lpips)
         galleries = {"": self._galleries[None]}
-        return galleries if box is None else galleries | {SEEN: self._galleries[box]}
+        return galleries if box is None else galleries | {VISIBLE_SUFFIX: self._galleries[box]}
 
     def collect(self, condition: AuditCondition, into: list[Attack]) -> None:
         """Append the result of a condition to `into`, if it is done."""
@@ -248,28 +254,28 @@ class AuditSession:
         """Record the failure of `what` in the results, and in the folders of its conditions that are not done.
 
         Raises:
-            Exception: `error` itself if it concerns everything, see `runtime.failures.concerns`
+            Exception: `error` itself if it concerns everything, see `runtime.failures.error_scope`
         """
-        if concerns(error) == EVERYTHING:
+        if error_scope(error) == EVERYTHING:
             raise error
         file = None
         for condition in conditions:
             run = self.run(condition)
             if not is_done(run):
                 file = file or run.file(TRACEBACK).relative_to(self.root)
-                record(run, error)
+                write_failure(run, error)
                 self.results.unmeasured.add((condition.layer, condition.defence))
-        text = str(as_error(error, what, file))
+        text = str(to_afterimage_error(error, what, file))
         text = text if text.startswith(what) else f"{what}: {text}"
         if text not in self.results.failures:
             self.results.failures.append(text)
             self.progress(f"could not be measured: {text}", 1, 1)
-        let_go(error)
+        clear_error_frames(error)
 
 
-def _most(row: Mapping[str, Any]) -> float:
+def _max_ssim(row: Mapping[str, Any]) -> float:
     """Return the SSIM of a whole image or of its seen part, whichever is higher."""
-    part = row.get(f"ssim{SEEN}")
+    part = row.get(f"ssim{VISIBLE_SUFFIX}")
     return row["ssim"] if part is None else max(row["ssim"], part)
 
 

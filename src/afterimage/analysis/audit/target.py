@@ -19,9 +19,9 @@ from afterimage.config import (
     DataConfig,
     FeatureSpec,
     local_path,
-    shown,
+    printable_path,
     size_text,
-    unknown,
+    unknown_choice_error,
 )
 from afterimage.config.audit import AuditConfig
 from afterimage.data.dataset import load_data
@@ -31,11 +31,11 @@ from afterimage.data.feature_store import FeatureStore, open_store
 from afterimage.data.images import Data, ImageSet, Indices
 from afterimage.data.store_files import layer_key
 from afterimage.evaluation.evaluate import Box
-from afterimage.models.decoders.canvas import seen_box
+from afterimage.models.decoders.canvas import visible_box
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.layers import describe_unseen
-from afterimage.runs.results import SeenPart, UsedWeights
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runs.results import VisibleRegion, WeightsRecord
+from afterimage.runtime.terminal import Progress, no_progress
 
 BATCH = 256
 """Number of stored images that are read at a time."""
@@ -60,7 +60,7 @@ class AuditTarget:
     config: AuditConfig
     name: str
     specs: dict[str, FeatureSpec]
-    weights: UsedWeights | None
+    weights: WeightsRecord | None
     image_size: tuple[int, int]
     data: Data
     pool: Data
@@ -84,9 +84,9 @@ class AuditTarget:
 
     def box(self, layer: str) -> Box | None:
         """Return the part of the images that a layer's locations see; None if they see all."""
-        return seen_box([self.specs[layer]], self.image_size)
+        return visible_box([self.specs[layer]], self.image_size)
 
-    def seen(self, layer: str) -> SeenPart | None:
+    def seen(self, layer: str) -> VisibleRegion | None:
         """Return that part with its share of all pixels and a description of the pixels that are not seen."""
         box = self.box(layer)
         if box is None:
@@ -95,11 +95,11 @@ class AuditTarget:
         height, width = self.image_size
         spec = self.specs[layer]
         unseen = describe_unseen(spec.rows, spec.columns, self.image_size)
-        return SeenPart(*box, (bottom - top) * (right - left) / (height * width), unseen)
+        return VisibleRegion(*box, (bottom - top) * (right - left) / (height * width), unseen)
 
 
 def open_target(
-    config: AuditConfig, *, cache: Path | None = None, progress: Progress = silent
+    config: AuditConfig, *, cache: Path | None = None, progress: Progress = no_progress
 ) -> AuditTarget:
     """Open the network and its weights, or the store, and all images.
 
@@ -148,17 +148,19 @@ def _encoder(config: AuditConfig, layers: list[str]) -> Encoder:
 
 
 def _store(config: AuditConfig) -> AuditTarget:
-    data, store = load_pairs(config.pairs, test_fraction=config.test_fraction, seed=config.data.split_seed)
+    data, store = load_stored_pairs(
+        config.pairs, test_fraction=config.test_fraction, seed=config.data.split_seed
+    )
     layers = config.layers or tuple(store.specs)
     specs = {layer: store.specs[layer] for layer in layers if layer in store.specs}
     failures: dict[str, Exception] = {
-        layer: unknown(f"layer of {config.pairs}", layer, store.specs)
+        layer: unknown_choice_error(f"layer of {config.pairs}", layer, store.specs)
         for layer in layers
         if layer not in specs
     }
     if not specs:
         raise failures[layers[0]]
-    name = shown(Path(local_path(config.pairs)).name)
+    name = printable_path(Path(local_path(config.pairs)).name)
     augmented = "attackers train without random crops and flips, since stored features belong to whole images"
     notes = [*data.notes, augmented]
     return AuditTarget(config, name, specs, None, store.image_size, data, data, notes, failures=failures)
@@ -195,7 +197,9 @@ class StoredImages(ImageSet):
         return self.rows[np.asarray(indices, np.int64)]
 
 
-def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) -> tuple[Data, FeatureStore]:
+def load_stored_pairs(
+    path: str | Path, *, test_fraction: float = 0.2, seed: int = 42
+) -> tuple[Data, FeatureStore]:
     """Open a store of features and images, and split it into pairs that an attacker may own and pairs to attack.
 
     Returns:
@@ -219,7 +223,7 @@ def load_pairs(path: str | Path, *, test_fraction: float = 0.2, seed: int = 42) 
     rest = len(store) - held
     if held < 2 or rest < 5:
         raise AfterimageError(
-            f"{shown(store.path)} holds {len(store)} pairs, too few to hold out {test_fraction:g} for the test"
+            f"{printable_path(store.path)} holds {len(store)} pairs, too few to hold out {test_fraction:g} for the test"
         )
     cut = rest - max(1, rest // 5)
     parts = [StoredImages(store, part) for part in np.split(order, [cut, rest])]

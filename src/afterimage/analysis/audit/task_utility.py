@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from afterimage.analysis.audit.defences.chain import Defence
-from afterimage.config import AfterimageError, counted
+from afterimage.config import AfterimageError, format_count
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.intervals import interval_dict, mean_interval, share_interval
 from afterimage.models.encoders.encoder import Encoder, normalise
-from afterimage.models.encoders.tensor_layout import Layout, items, reorder
+from afterimage.models.encoders.tensor_layout import Layout, output_items, reorder
 from afterimage.models.encoders.tracing import trace
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 Change = Callable[[Tensor], Tensor]
 
 
-class Unavailable(Exception):
+class CostUnavailable(Exception):
     """Error of a cost that cannot be measured; the message says why."""
 
 
 @dataclass
-class Network:
+class ContinuedNetwork:
     """Function from images in [0, 1] to a network's output, and the module whose output holds the features in `layout`.
 
     The `kind` of the network's output is `classes` or `embedding`.
@@ -56,11 +56,15 @@ class Network:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if whole is not None:
                 return whole
-            return output if change is None else _replaced(output, self.layout, change(self.layout(output)))
+            return (
+                output
+                if change is None
+                else _replace_features(output, self.layout, change(self.layout(output)))
+            )
 
         handle = self.module.register_forward_hook(hook)
         try:
-            return _final(self.run(images))
+            return _output_vectors(self.run(images))
         finally:
             handle.remove()
 
@@ -79,7 +83,7 @@ class Network:
         return not torch.allclose(before, other, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
 
 
-def whole_network(encoder: Encoder, prediction: str = "auto") -> Network:
+def whole_network(encoder: Encoder, prediction: str = "auto") -> ContinuedNetwork:
     """Build the whole network of an encoder of one layer, including everything after the layer.
 
     Raises:
@@ -89,9 +93,9 @@ def whole_network(encoder: Encoder, prediction: str = "auto") -> Network:
     model, kind = _whole(encoder, prediction)
     if reorder(model, layer.module) is not None:
         name = encoder.model_name
-        raise Unavailable(f"{name} keeps its tokens in an order of its own, which cannot be put back")
+        raise CostUnavailable(f"{name} keeps its tokens in an order of its own, which cannot be put back")
     mean, std = encoder.mean, encoder.std
-    return Network(
+    return ContinuedNetwork(
         lambda images: model(normalise(images, mean, std)),
         model.get_submodule(layer.module),
         layer.layout,
@@ -121,18 +125,18 @@ def _whole(encoder: Encoder, prediction: str) -> tuple[nn.Module, str]:
         if kind == "embedding":
             model = network.without_classifier(model)
         return model.requires_grad_(False).to(device), kind
-    raise Unavailable(reason)
+    raise CostUnavailable(reason)
 
 
 def measure_cost(
-    network: Network,
+    network: ContinuedNetwork,
     defences: Sequence[Defence],
     image_set: ImageSet,
     *,
     batch_size: int = 8,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
     """Measure the costs of fitted defences on test images; the noise is drawn from `seed`.
 
@@ -160,7 +164,7 @@ def measure_cost(
     notes = []
     if network.prefix:
         notes.append(
-            f"{counted(network.prefix, 'prefix token')} beside the map: counted as sent, but neither defended nor "
+            f"{format_count(network.prefix, 'prefix token')} beside the map: counted as sent, but neither defended nor "
             "attacked, so the network may keep its answers by them alone"
         )
     if network.bypassed(image_set.crops(range(min(2, len(image_set))), device=device)):
@@ -186,17 +190,17 @@ def measure_cost(
     return found
 
 
-def no_cost(defence: Defence, reason: str) -> dict[str, Any]:
+def cost_without_network(defence: Defence, reason: str) -> dict[str, Any]:
     """Return the cost of a defence without the rest of the network: bytes only, with the reason as a note."""
     sizes = {"bytes": defence.sent_bytes, "plain_bytes": defence.plain_bytes, "prefix_bytes": 0}
     return {"kind": None, "score": None, "cosine": None, **sizes, "notes": [f"cost unavailable: {reason}"]}
 
 
-def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
+def _replace_features(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
     """Return a module's output with its feature map replaced: the inverse of `Layout`."""
     if depth < len(layout.key):
         step = layout.key[depth]
-        inner = _replaced(items(output)[step], layout, maps, depth + 1)
+        inner = _replace_features(output_items(output)[step], layout, maps, depth + 1)
         if isinstance(output, MutableMapping):
             changed = copy.copy(output)
             changed[step] = inner
@@ -219,16 +223,18 @@ def _replaced(output: Any, layout: Layout, maps: Tensor, depth: int = 0) -> Any:
     return maps.flatten(1) if layout.axes == "NC" else maps
 
 
-def _final(output: Any) -> Tensor:
+def _output_vectors(output: Any) -> Tensor:
     """Find the vector of each image in a network's output, and return them as `(B, K)`."""
     while not isinstance(output, Tensor):
-        values = list(items(output).values())
+        values = list(output_items(output).values())
         vectors = [v for v in values if isinstance(v, Tensor) and v.ndim == 2]
         if len(vectors) == 1:
             return vectors[0].float()
         if not values:
-            raise Unavailable(f"the network returns nothing that is a tensor, but a {type(output).__name__}")
+            raise CostUnavailable(
+                f"the network returns nothing that is a tensor, but a {type(output).__name__}"
+            )
         output = values[0]
     if output.ndim < 2:
-        raise Unavailable("the network returns a tensor that is not a vector for each image")
+        raise CostUnavailable("the network returns a tensor that is not a vector for each image")
     return output.flatten(1).float()

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from scipy.ndimage import correlate1d, uniform_filter
 from torch import Tensor
 
-from afterimage.evaluation.metrics import decibels
+from afterimage.evaluation.metrics import psnr_from_mse
 from afterimage.runs.controls import PLANES, REGIONS
 
 BANDS = 32
@@ -20,9 +20,9 @@ CELLS = 56
 """Largest number of cells on each side of the map of the error by position."""
 WINDOW = 7
 """Side in pixels of the neighbourhood that decides a pixel's kind of region."""
-FLAT = 0.02
+FLAT_STD = 0.02
 """Standard deviation of luma in [0, 1] below which a region is flat: 5 of 255 levels."""
-COHERENT = 0.5
+EDGE_COHERENCE = 0.5
 """Smallest coherence of the structure tensor, in [0, 1], of an edge."""
 MATRIX = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 """Matrix from RGB to Y, Cb and Cr by ITU-R BT.601."""
@@ -53,7 +53,7 @@ def regions(images: Images) -> Int[Tensor, "batch height width"]:
     gy, gx = (correlate1d(luma, [-0.5, 0, 0.5], axis=axis, mode="reflect") for axis in (1, 2))
     xx, yy, xy = local(gx * gx), local(gy * gy), local(gx * gy)
     coherence = np.hypot(xx - yy, 2 * xy) / np.maximum(xx + yy, 1e-12)
-    kinds = np.where(deviation < FLAT, 0, np.where(coherence >= COHERENT, 1, 2))
+    kinds = np.where(deviation < FLAT_STD, 0, np.where(coherence >= EDGE_COHERENCE, 1, 2))
     return torch.from_numpy(kinds).to(images.device)
 
 
@@ -118,7 +118,7 @@ class ErrorBreakdown:
         for i, identity in enumerate(ids):
             row: dict[str, Any] = {"id": identity}
             row |= dict(
-                zip((f"psnr_{p}" for p in PLANES), decibels(error[i].mean((1, 2))).tolist(), strict=True)
+                zip((f"psnr_{p}" for p in PLANES), psnr_from_mse(error[i].mean((1, 2))).tolist(), strict=True)
             )
             for kind, name in enumerate(REGIONS):
                 here = kinds[i] == kind
@@ -154,7 +154,7 @@ class ErrorBreakdown:
             },
             "place": [_numbers(row) for row in (self._place / count).sqrt()],
             "regions": {
-                "window": WINDOW, "flat_below": FLAT, "edge_from": COHERENT,
+                "window": WINDOW, "flat_below": FLAT_STD, "edge_from": EDGE_COHERENCE,
                 **{name: self._region(name) for name in REGIONS},
             },
         }  # fmt: skip

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from afterimage.data.images import ImageSet
-from afterimage.models.reconstructor import Encoders
+from afterimage.models.reconstructor import FeatureSource
 
 BATCH = 8
 """Number of images in a batch, which bounds the memory of features."""
@@ -32,7 +32,7 @@ def shuffle(features: Maps, generator: torch.Generator) -> list[Tensor]:
     return shuffled
 
 
-def level(features: Maps, means: Sequence[Float[Tensor, " channels"]]) -> list[Tensor]:
+def fill_channels(features: Maps, means: Sequence[Float[Tensor, " channels"]]) -> list[Tensor]:
     """Return maps of the same shapes whose channels have one value each, `(C,)` for each map."""
     return [
         mean.to(maps.device)[None, :, None, None].expand_as(maps).contiguous()
@@ -51,8 +51,8 @@ def distance(features: Maps, others: Maps) -> Float[Tensor, " batch"]:
 
 
 @torch.no_grad()
-def sample(
-    encoders: Encoders, images: ImageSet, *, device: torch.device | str = "cpu"
+def sample_features(
+    encoders: FeatureSource, images: ImageSet, *, device: torch.device | str = "cpu"
 ) -> list[Float[Tensor, "channels values"]]:
     """Sample features at random locations of the first training images, the same ones on every call.
 

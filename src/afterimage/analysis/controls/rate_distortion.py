@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from afterimage.evaluation.baselines import decoded, encoded
+from afterimage.evaluation.baselines import decode_images, encode_image
 from afterimage.evaluation.evaluate import to_uint8
 from afterimage.evaluation.metrics import psnr
 
 BITS = (8, 6, 4, 3, 2, 1)
 """Numbers of bits per feature value that are measured."""
-TAIL = 0.001
+CLIPPED_SHARE = 0.001
 """Share of training values beyond either end of the quantiser's range, so that outliers do not widen it."""
 JPEG = (1, 5, 10, 20, 30, 50, 70, 80, 90, 95, 100)
 """JPEG qualities that are measured."""
@@ -55,7 +55,7 @@ class Quantiser:
     @classmethod
     def fit(cls, values: Float[Tensor, "channels values"], bits: int) -> Quantiser:
         """Fit a quantiser of 1 to 8 bits to training features `(C, n)`."""
-        ends = np.quantile(values.numpy(), (TAIL, 1 - TAIL), axis=1)
+        ends = np.quantile(values.numpy(), (CLIPPED_SHARE, 1 - CLIPPED_SHARE), axis=1)
         low, high = torch.from_numpy(ends).float()
         count = 2**bits
         width = (high - low) / count
@@ -109,7 +109,7 @@ def entropy(counts: Float[Tensor, "channels symbols"]) -> Float[Tensor, " channe
     return -torch.xlogy(shares, shares).sum(1) / np.log(2)
 
 
-def codecs(batches: Iterable[Float[Tensor, "_ 3 height width"]]) -> list[dict[str, Any]]:
+def measure_codecs(batches: Iterable[Float[Tensor, "_ 3 height width"]]) -> list[dict[str, Any]]:
     """Code images as JPEG (optimised Huffman tables, chroma at half size) and as WebP at many qualities.
 
     Args:
@@ -128,10 +128,10 @@ def codecs(batches: Iterable[Float[Tensor, "_ 3 height width"]]) -> list[dict[st
         arrays = to_uint8(images)
         pixels = images.shape[-2] * images.shape[-1]
         for i, (kind, options) in enumerate(settings):
-            files = [encoded(array, kind, **options) for array in arrays]
+            files = [encode_image(array, kind, **options) for array in arrays]
             sizes[i] += [8 * len(file) / pixels for file in files]
-            scores[i] += psnr(decoded(files).to(images.device), images).tolist()
-        exact += [8 * len(encoded(array, "WebP", lossless=True)) / pixels for array in arrays]
+            scores[i] += psnr(decode_images(files).to(images.device), images).tolist()
+        exact += [8 * len(encode_image(array, "WebP", lossless=True)) / pixels for array in arrays]
     rows = [
         {"codec": kind, "quality": o["quality"], "bits_per_pixel": _mean(size), "psnr": _mean(score)}
         for (kind, o), size, score in zip(settings, sizes, scores, strict=True)

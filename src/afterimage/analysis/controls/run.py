@@ -1,6 +1,6 @@
 """Measure the controls of finished runs: the decoder's prior, the breakdown of its error, and the rate.
 
-Each part is a JSON file and a CSV by image in the run folder, see `runs.controls.PARTS`.
+Each part is a JSON file and a CSV by image in the run folder, see `runs.controls.CONTROL_TYPES`.
 """
 
 from __future__ import annotations
@@ -22,47 +22,53 @@ from afterimage.analysis.controls.feature_ablations import (
     BATCH,
     SAMPLE_IMAGES,
     distance,
-    level,
-    sample,
+    fill_channels,
+    sample_features,
     shuffle,
 )
 from afterimage.analysis.controls.rate_distortion import (
     BITS,
+    CLIPPED_SHARE,
     CODER,
-    TAIL,
     Quantiser,
-    codecs,
     coded_bytes,
     entropy,
     histograms,
+    measure_codecs,
 )
-from afterimage.config import AfterimageError, unknown
+from afterimage.config import AfterimageError, unknown_choice_error
 from afterimage.data.dataset import load_data
 from afterimage.data.images import Data
 from afterimage.evaluation.baselines import mean_colour
 from afterimage.evaluation.evaluate import summarise
 from afterimage.evaluation.metrics import Metrics, psnr
 from afterimage.models.reconstructor import Reconstructor
-from afterimage.runs.controls import PARTS, STAND_INS, read_part, write_part
+from afterimage.runs.controls import ABLATIONS, CONTROL_TYPES, read_part, write_part
 from afterimage.runs.files import sha256
 from afterimage.runs.results import METRICS
-from afterimage.runs.run import TRACEBACK, Run, forget, write_story
-from afterimage.runtime.device import one_device
-from afterimage.runtime.failures import as_error, concerns, foreseen, let_go, of_caller
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runs.run import TRACEBACK, Run, remove_traceback, write_traceback
+from afterimage.runtime.device import create_single_device_fabric
+from afterimage.runtime.failures import (
+    clear_error_frames,
+    error_scope,
+    is_expected,
+    protect_callback,
+    to_afterimage_error,
+)
+from afterimage.runtime.terminal import Progress, no_progress
 from afterimage.training.checkpoint import load_reconstructor
 
 
 def run_controls(
     runs: Iterable[Run],
     *,
-    parts: Sequence[str] = tuple(PARTS),
+    parts: Sequence[str] = tuple(CONTROL_TYPES),
     again: bool = False,
     weights: str | None = None,
     lpips: str | None = None,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> list[AfterimageError]:
     """Measure the controls of finished decoder runs on their own test images, and write them into the run folders.
 
@@ -70,7 +76,7 @@ def run_controls(
     `lpips` names one, the same LPIPS network.
 
     Args:
-        parts: names from `PARTS` to measure
+        parts: names from `CONTROL_TYPES` to measure
         again: whether to repeat parts that were already measured
         weights: weights of the encoders; None takes the run's own
         lpips: LPIPS network; None takes the run's own
@@ -80,13 +86,13 @@ def run_controls(
         an error for each run or part of a run that could not be measured; the traceback is in the run folder
 
     Raises:
-        AfterimageError: a part is not one of `PARTS`
+        AfterimageError: a part is not one of `CONTROL_TYPES`
     """
-    progress = of_caller(progress)
+    progress = protect_callback(progress)
     for part in parts:
-        if part not in PARTS:
-            raise unknown("part of the controls", part, PARTS)
-    device = one_device(accelerator).device
+        if part not in CONTROL_TYPES:
+            raise unknown_choice_error("part of the controls", part, CONTROL_TYPES)
+    device = create_single_device_fabric(accelerator).device
     # Runs of the same images follow each other.
     load = lru_cache(maxsize=1)(lambda config: load_data(config, cache=cache, progress=progress))
     curves = lru_cache(maxsize=1)(_codecs)
@@ -101,7 +107,7 @@ def run_controls(
                 continue
             missing = [part for part in parts if again or not _is_fresh(run, part, lpips)]
             for part in {"controls", *missing}:
-                forget(run, f"{part}.{TRACEBACK}")
+                remove_traceback(run, f"{part}.{TRACEBACK}")
             if missing:
                 options = (weights, lpips or run.lpips_net, device, progress, failures)
                 _measure(run, missing, load(run.config.data), curves, *options)
@@ -114,18 +120,18 @@ def _recorded(failures: list[AfterimageError], run: Run, part: str = "controls")
     try:
         yield
     except Exception as error:
-        if concerns(error):
+        if error_scope(error):
             raise
         file = f"{part}.{TRACEBACK}"
-        name = run.name if foreseen(error) else f"{part} of {run.name}"
-        failures.append(as_error(error, name, run.file(file)))
-        write_story(run, error, file)
-        let_go(error)
+        name = run.name if is_expected(error) else f"{part} of {run.name}"
+        failures.append(to_afterimage_error(error, name, run.file(file)))
+        write_traceback(run, error, file)
+        clear_error_frames(error)
 
 
 def _codecs(data: Data) -> list[dict[str, Any]]:
     """Return the JPEG and WebP curves of the test images."""
-    return codecs(data.test.batches(torch.arange(len(data.test)).split(BATCH)))
+    return measure_codecs(data.test.batches(torch.arange(len(data.test)).split(BATCH)))
 
 
 def _is_fresh(run: Run, part: str, lpips: str | None) -> bool:
@@ -164,11 +170,13 @@ def _measure(
         )
     reconstructor = load_reconstructor(run, weights=weights).to(device)
     encoders, head = reconstructor.encoders, reconstructor.feature_decoder
-    values = sample(encoders, data.train, device=device)
+    values = sample_features(encoders, data.train, device=device)
     makers: dict[str, Callable[[], Any]] = {
-        "controls": lambda: _Controls(reconstructor, values, Metrics(lpips, size=min(data.config.size))),
+        "controls": lambda: _AblationMeasure(
+            reconstructor, values, Metrics(lpips, size=min(data.config.size))
+        ),
         "error_breakdown": ErrorBreakdown,
-        "rate_distortion": lambda: _Rates(reconstructor, values, data, curves),
+        "rate_distortion": lambda: _RateDistortionMeasure(reconstructor, values, data, curves),
     }
     measures: dict[str, Any] = {}
 
@@ -195,7 +203,7 @@ def _measure(
             write_part(run, part, {"decoder": digest, **measure.result()}, measure.rows)
 
 
-class _Controls:
+class _AblationMeasure:
     """Scores of the decoder's images from features other than the original's own."""
 
     def __init__(self, reconstructor: Reconstructor, values: Sequence[Tensor], metrics: Metrics) -> None:
@@ -211,7 +219,7 @@ class _Controls:
         inputs = {
             "another": others,
             "shuffled": shuffle(own, self.generator),
-            "mean": level(own, self.means),
+            "mean": fill_channels(own, self.means),
             "zero": [torch.zeros_like(maps) for maps in own],
         }
         outputs = {"own": rebuilt, **{name: self.feature_decoder(maps) for name, maps in inputs.items()}}
@@ -231,7 +239,7 @@ class _Controls:
         return [{metric: row[f"{name}_{metric}"] for metric in METRICS} for row in self.rows]
 
     def result(self) -> dict[str, Any]:
-        names = ("own", *STAND_INS)
+        names = ("own", *ABLATIONS)
         return {
             "images": len(self.rows),
             "lpips": asdict(self.metrics.lpips_status),
@@ -246,7 +254,7 @@ class _Controls:
         }
 
 
-class _Rates:
+class _RateDistortionMeasure:
     """Rate and PSNR of reconstructions from quantised features, which the decoder was not trained on."""
 
     def __init__(
@@ -286,7 +294,7 @@ class _Rates:
         return {
             "images": len({row["id"] for row in self.rows}),
             "coder": CODER,
-            "range": [TAIL, 1 - TAIL],
+            "range": [CLIPPED_SHARE, 1 - CLIPPED_SHARE],
             "training_images": min(len(self.data.train), SAMPLE_IMAGES),
             "points": [self._point(bits) for bits in (32, *BITS)],
             "codecs": self.curves(self.data),

@@ -7,8 +7,8 @@ import math
 from torch import Tensor
 
 ARMIJO = 1e-4
-SHORTEST = 1e-6
-MEMORY = 10
+MIN_STEP_RATIO = 1e-6
+HISTORY_SIZE = 10
 
 
 class LBFGS:
@@ -38,7 +38,7 @@ class LBFGS:
             moved, bent = self.trial - self.point, gradient - self.gradient
             curvature = float(moved.dot(bent))
             if curvature > 1e-10 * float(moved.norm() * bent.norm()):
-                self._pairs = [*self._pairs[1 - MEMORY :], (moved, bent, curvature)]
+                self._pairs = [*self._pairs[1 - HISTORY_SIZE :], (moved, bent, curvature)]
             self.point, self.loss, self.gradient = self.trial, loss, gradient
             return self._search()
         self._shorten(loss)
@@ -52,7 +52,7 @@ class LBFGS:
             self._slope = -float(self.gradient.dot(self.gradient))
         norm = float(self._direction.norm())
         self._length = 1.0 if self._pairs else self.first * math.sqrt(self.point.numel()) / max(norm, 1e-30)
-        self._shortest = SHORTEST * self._length
+        self._shortest = MIN_STEP_RATIO * self._length
         self.trial = self.point + self._length * self._direction
 
     def _shorten(self, loss: float) -> None:

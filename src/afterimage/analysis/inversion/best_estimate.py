@@ -18,14 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from afterimage.analysis.inversion.invert import Images
 from afterimage.config.inversion import EstimateConfig
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 BATCH = 8
 CROP = 112
 """Largest side in pixels of the crops that a corrector is trained on."""
-PASSES = 75
+MAX_IMAGE_USES = 75
 """Largest mean number of times that training uses an image: with few images the network soon overfits."""
-GRID = 16
+SIZE_DIVISOR = 16
 """Divisor in pixels of the sides of the network's inputs, which it halves four times."""
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1e-3, 1e-3, 30
 
@@ -64,7 +64,7 @@ class Corrector(nn.Module):
         """Estimate the originals; all images are `(B, 3, H, W)`, around [0, 1]."""
         seen = torch.cat([4 * decoded - 2, (refined - decoded) / self.step], 1)
         height, width = seen.shape[-2:]
-        margins = (0, -width % GRID, 0, -height % GRID)
+        margins = (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR)
         x = F.pixel_unshuffle(F.pad(seen, margins, mode="replicate"), 2)
         x = self.first(x.contiguous(memory_format=torch.channels_last))
         skips = []
@@ -84,23 +84,23 @@ def _block(width: int) -> nn.Module:
     return nn.Sequential(nn.SiLU(), layers[0], nn.SiLU(), layers[1])
 
 
-def learning_steps(config: EstimateConfig, images: int) -> int:
+def corrector_steps(config: EstimateConfig, images: int) -> int:
     """Return the number of optimizer steps for a number of images: `config.steps`, fewer for few images."""
-    return min(config.steps, -(-PASSES * images // BATCH))
+    return min(config.steps, -(-MAX_IMAGE_USES * images // BATCH))
 
 
-def learning_macs(config: EstimateConfig, size: tuple[int, int]) -> int:
-    """Count the multiply-adds of `learn_corrector` on images of `(height, width)`, forward and backward."""
+def corrector_training_macs(config: EstimateConfig, size: tuple[int, int]) -> int:
+    """Count the multiply-adds of `train_corrector` on images of `(height, width)`, forward and backward."""
     with torch.device("meta"), torch.no_grad():
         network, crops = Corrector(config.channels, 1.0, 1.0, 1.0), torch.empty(BATCH, 3, *_crop(size))
         with FlopCounterMode(display=False) as counter:
             network(crops, crops)
-    return 3 * learning_steps(config, config.images) * counter.get_total_flops() // 2
+    return 3 * corrector_steps(config, config.images) * counter.get_total_flops() // 2
 
 
 def _crop(size: tuple[int, int]) -> tuple[int, int]:
     """Return height and width of the crops that a corrector is trained on."""
-    height, width = (min(CROP, max(GRID, length // GRID * GRID)) for length in size)
+    height, width = (min(CROP, max(SIZE_DIVISOR, length // SIZE_DIVISOR * SIZE_DIVISOR)) for length in size)
     return height, width
 
 
@@ -121,7 +121,7 @@ def correct(corrector: Corrector, decoded: Images, refined: Images, precision: s
     return ((straight + mirrored) / 2).clamp(0, 1)
 
 
-def learn_corrector(
+def train_corrector(
     originals: Images,
     decoded: Images,
     refined: Images,
@@ -130,7 +130,7 @@ def learn_corrector(
     precision: str = "32-true",
     seed: int = 0,
     device: str = "cpu",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Corrector:
     """Train a corrector to minimise the squared error, on random crops that every other step mirrors.
 
@@ -154,7 +154,7 @@ def learn_corrector(
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     size = originals.shape[-2:]
     side = _crop(size)
-    mixed, steps = precision == "bf16-mixed", learning_steps(config, len(originals))
+    mixed, steps = precision == "bf16-mixed", corrector_steps(config, len(originals))
     for number in range(steps):
         warm = min(1, (number + 1) / WARM_UP)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * (1 - number / steps)

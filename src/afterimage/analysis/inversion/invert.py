@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from afterimage.analysis.inversion.batched_lbfgs import LBFGS
 from afterimage.analysis.inversion.decoder_errors import DecoderErrors
-from afterimage.analysis.inversion.objective import GREY, FeaturesOf, Objective
+from afterimage.analysis.inversion.objective import GREY, FeatureFunction, Objective
 from afterimage.analysis.inversion.parametrizations import PARAMETRISATIONS, Parametrisation
 from afterimage.config import AfterimageError
 from afterimage.config.inversion import InvertConfig
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 Images = Float[Tensor, "batch 3 height width"]
 
 NOISE = 0.01
 """Standard deviation of the noise added to a start, so that starts differ and grey has a gradient."""
-FINAL = 0.02
+FINAL_LR_SHARE = 0.02
 """Share of the learning rate at which Adam's cosine schedule ends."""
 
 
@@ -50,7 +50,7 @@ def curve_steps(steps: int) -> list[int]:
 
 
 def search(
-    features_of: FeaturesOf,
+    features_of: FeatureFunction,
     targets: Sequence[Tensor],
     size: tuple[int, int],
     *,
@@ -58,7 +58,7 @@ def search(
     method: InvertConfig | None = None,
     errors: DecoderErrors | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     milestones: Iterable[int] | None = None,
 ) -> Iterator[Inversion]:
     """Search for images `(B, 3, *size)` whose features are `targets`, from `start` or from grey.
@@ -141,7 +141,7 @@ def _adam(
         loss, distance = objective(images, tuple(shift))
         yield images.detach(), loss.detach(), distance
         if step < config.steps:
-            share = FINAL + (1 - FINAL) * (1 + math.cos(math.pi * step / config.steps)) / 2
+            share = FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * (1 + math.cos(math.pi * step / config.steps)) / 2
             optimizer.param_groups[0]["lr"] = rate * share
             (parameters.grad,) = torch.autograd.grad(loss.sum(), parameters)
             optimizer.step()

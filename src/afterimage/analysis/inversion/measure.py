@@ -18,14 +18,14 @@ from torch import Tensor
 from afterimage.analysis.inversion.invert import Inversion
 from afterimage.config import AfterimageError
 from afterimage.data.images import ImageSet
-from afterimage.evaluation.evaluate import evaluate_together, summarise
+from afterimage.evaluation.evaluate import evaluate_batches, summarise
 from afterimage.evaluation.metrics import Metrics
-from afterimage.evaluation.reidentification import Gallery, reduced
-from afterimage.models.reconstructor import Encoders
-from afterimage.models.weight_files import load_tensors, plain
+from afterimage.evaluation.reidentification import Gallery, downscale
+from afterimage.models.reconstructor import FeatureSource
+from afterimage.models.weight_files import load_tensors, to_safetensors_form
 from afterimage.runs.files import write_atomic
 from afterimage.runs.results import BoundControls, Score
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 Images = Float[Tensor, "batch 3 height width"]
 Search = Callable[..., Iterator[Inversion]]
@@ -36,7 +36,7 @@ Curve = list[dict[str, Any]]
 BATCH = 4
 
 
-class Batches:
+class BatchCache:
     """Files of finished batches in one folder, from which an interrupted search resumes.
 
     A damaged file counts as missing, and so does one that was written for other images or another `made_for`.
@@ -64,7 +64,7 @@ class Batches:
 
     def save(self, images: Images, result: Inversion, curve: Curve) -> None:
         """Store the result of the search for `images` and its curve."""
-        tensors = plain({"images": result.images, "loss": result.loss})
+        tensors = to_safetensors_form({"images": result.images, "loss": result.loss})
         facts = json.dumps({"seconds": result.seconds, "step": result.step, "curve": curve})
         key = self._key(images)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def best_step(curve: Curve) -> int:
 
 
 @dataclass
-class Measured:
+class InversionMeasurement:
     """Scores by image; ids, originals and images found, uint8 `(H, W, 3)`; seconds of search an image; the curve."""
 
     rows: list[dict[str, Any]]
@@ -109,10 +109,10 @@ def measure(
     metrics: Metrics,
     *,
     device: str = "cpu",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     snapshot: Callable[[Images], None] | None = None,
-    batches: Batches | None = None,
-) -> Measured:
+    batches: BatchCache | None = None,
+) -> InversionMeasurement:
     """Search for every image of a set, then score the images found; arguments as for `search_batch`."""
     curve: Curve = []
     losses: list[float] = []
@@ -133,11 +133,11 @@ def measure(
         (part, image_set.crops(part, device=device), [images.to(device)])
         for part, images in zip(parts, found, strict=True)
     )
-    (scored,) = evaluate_together(
+    (scored,) = evaluate_batches(
         reconstructed, image_set.ids, metrics, progress=progress, keep=len(image_set)
     )
     rows = [row | {"feature_loss": loss} for row, loss in zip(scored.rows, losses, strict=True)]
-    return Measured(rows, scored.images, seconds / len(image_set), curve)
+    return InversionMeasurement(rows, scored.images, seconds / len(image_set), curve)
 
 
 def search_batch(
@@ -146,9 +146,9 @@ def search_batch(
     ids: Sequence[str] = (),
     metrics: Metrics | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     snapshot: Callable[[Images], None] | None = None,
-    batches: Batches | None = None,
+    batches: BatchCache | None = None,
 ) -> tuple[Inversion, Curve]:
     """Search for `images` and store the result, or load it if it is stored already.
 
@@ -181,7 +181,7 @@ def search_batch(
 
 
 @torch.no_grad()
-def mean_features(encoders: Encoders, batches: Iterable[Tensor]) -> list[Tensor]:
+def mean_features(encoders: FeatureSource, batches: Iterable[Tensor]) -> list[Tensor]:
     """Return the mean feature maps `(1, C, h, w)` of images, which belong to no image in particular."""
     sums: list[Tensor] | None = None
     count = 0
@@ -218,11 +218,11 @@ def bound_controls(
     def scores(outputs: Tensor) -> dict[str, Score | None]:
         parts = torch.arange(len(ids)).split(BATCH)
         batches = ((part, originals[part], [outputs[part]]) for part in parts)
-        return summarise(evaluate_together(batches, ids, metrics)[0].rows)
+        return summarise(evaluate_batches(batches, ids, metrics)[0].rows)
 
     other = scores(found.roll(1, 0)) if len(ids) > 1 else None
     alone = None if prior is None else scores(prior.to(device).expand_as(originals))
-    gallery = Gallery(reduced(originals), metrics.lpips)
-    hits = gallery.find(reduced(found))
+    gallery = Gallery(downscale(originals), metrics.lpips)
+    hits = gallery.find(downscale(found))
     distance = "lpips" if "lpips" in hits else "correlation"
     return BoundControls(other, alone, float(hits[distance].mean()), distance, len(ids))

@@ -18,18 +18,18 @@ from afterimage.config.inversion import InvertConfig
 
 Images = Float[Tensor, "batch 3 height width"]
 PerImage = Float[Tensor, " batch"]
-FeaturesOf = Callable[[Images], Sequence[Tensor]]
+FeatureFunction = Callable[[Images], Sequence[Tensor]]
 
 GREY, RANGE = 0.5, 0.5
 """Images lie in `GREY` ± `RANGE`: the paper's mean image and its B."""
-ROUNDING = 30.0
+BF16_LOSS_RATIO = 30.0
 """bfloat16 serves while the loss is this many times what its rounding makes: gradients are then right to a fifth.
 
 More costs seconds and gives no better image in the same time (docs/LOG.md, what searches cost)."""
-STEP = 0.01
+NEIGHBOUR_DIFFERENCE = 0.01
 """The paper's a: neighbouring pixels differ by about this share of the range."""
-MATRIX = 2**25
-"""Largest number of attention weights of a batch for `ShortAttention`; larger ones are left to PyTorch's kernel."""
+MAX_ATTENTION_WEIGHTS = 2**25
+"""Largest number of attention weights of a batch for `MatmulAttention`; larger ones are left to PyTorch's kernel."""
 
 
 def feature_distance(features: Sequence[Tensor], targets: Sequence[Tensor]) -> PerImage:
@@ -65,7 +65,7 @@ def total_variation(images: Images, beta: float = 2.0) -> PerImage:
     square = down.square() + right.square()
     # The root of 0 has no gradient; at beta = 2 there is no root.
     terms = square if beta == 2 else (square + 1e-12).pow(beta / 2)
-    return terms.flatten(1).sum(1) / (height * width * (STEP * RANGE) ** beta)
+    return terms.flatten(1).sum(1) / (height * width * (NEIGHBOUR_DIFFERENCE * RANGE) ** beta)
 
 
 class Objective:
@@ -82,7 +82,7 @@ class Objective:
 
     def __init__(
         self,
-        features_of: FeaturesOf,
+        features_of: FeatureFunction,
         targets: Sequence[Tensor],
         config: InvertConfig,
         whitening: Sequence[Tensor] | None = None,
@@ -105,7 +105,7 @@ class Objective:
         if self.config.alpha_norm:
             loss = loss + self.config.alpha_norm * alpha_norm(images, self.config.alpha)
         if self._rounding is not None:
-            self._coarse &= (fit > ROUNDING * self._rounding).detach()
+            self._coarse &= (fit > BF16_LOSS_RATIO * self._rounding).detach()
         return loss, distance.detach()
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class Objective:
         on_cpu = images.device.type == "cpu"
         with (
             torch.autocast(images.device.type, torch.bfloat16),
-            ShortAttention() if on_cpu else nullcontext(),
+            MatmulAttention() if on_cpu else nullcontext(),
         ):
             return [map_.float() for map_ in self.features_of(images)]
 
@@ -156,7 +156,7 @@ class Objective:
         ).mean(0)
 
 
-class ShortAttention(TorchFunctionMode):
+class MatmulAttention(TorchFunctionMode):
     """Context in which attention over an image's few hundred tokens uses plain matrix products in bfloat16.
 
     PyTorch's kernel for CPUs never stores the attention matrix, which only long sequences need, and takes a third of
@@ -174,7 +174,7 @@ class ShortAttention(TorchFunctionMode):
             others = ("dropout_p", "is_causal", "enable_gqa")
             plain = kwargs.get("attn_mask") is None and not any(map(kwargs.get, others))
             same = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-            if plain and same and query.shape[:-1].numel() * key.shape[-2] <= MATRIX:
+            if plain and same and query.shape[:-1].numel() * key.shape[-2] <= MAX_ATTENTION_WEIGHTS:
                 scale = kwargs.get("scale") or query.shape[-1] ** -0.5
                 return _Attention.apply(query.bfloat16(), key.bfloat16(), value.bfloat16(), scale)
         return function(*args, **kwargs)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afterimage.analysis.inversion.best_estimate import Corrector, correct, learn_corrector
+from afterimage.analysis.inversion.best_estimate import Corrector, correct, train_corrector
 from afterimage.analysis.inversion.decoder_errors import DecoderErrors
 from afterimage.analysis.inversion.invert import (
     Images,
@@ -19,13 +19,13 @@ from afterimage.analysis.inversion.invert import (
     encode,
     search,
 )
-from afterimage.analysis.inversion.measure import BATCH, Batches, Curve, Search, best_step, search_batch
+from afterimage.analysis.inversion.measure import BATCH, BatchCache, Curve, Search, best_step, search_batch
 from afterimage.analysis.inversion.objective import feature_distance
-from afterimage.config.inversion import EstimateConfig, InvertConfig, other_images
+from afterimage.config.inversion import EstimateConfig, InvertConfig, tuning_image_indices
 from afterimage.data.images import ImageSet
 from afterimage.evaluation.metrics import Metrics
-from afterimage.models.reconstructor import Encoders, Reconstructor
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.models.reconstructor import FeatureSource, Reconstructor
+from afterimage.runtime.terminal import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class BestEstimate:
 
     refinement: Refinement
     corrector: Corrector
-    batches: Batches
+    batches: BatchCache
 
-    def __call__(self, images: Images, *, progress: Progress = silent) -> Iterator[Inversion]:
+    def __call__(self, images: Images, *, progress: Progress = no_progress) -> Iterator[Inversion]:
         """Yield the estimates of `images` alone, since a search has only one best estimate."""
         found, _ = search_batch(self.refinement, images, progress=progress, batches=self.batches)
         yield self._corrected(encode(self.refinement.reconstructor.encoders, images), found)
@@ -103,7 +103,7 @@ def decoder_errors(
 def choose_passes(
     refinement: Refinement,
     image_set: ImageSet,
-    batches: Batches,
+    batches: BatchCache,
     metrics: Metrics,
     device: str,
     progress: Progress,
@@ -112,7 +112,7 @@ def choose_passes(
 
     The first validation images are left to `decoder_errors`. LPIPS decides, or PSNR where LPIPS is unavailable.
     """
-    tried = torch.tensor(other_images(len(image_set), refinement.method.held_out))
+    tried = torch.tensor(tuning_image_indices(len(image_set), refinement.method.held_out))
     curve: Curve = []
     for indices in tried.split(BATCH):
         images, ids = image_set.crops(indices, device=device), [image_set.ids[i] for i in indices.tolist()]
@@ -122,11 +122,11 @@ def choose_passes(
     return best_step(curve)
 
 
-def learn_from(
+def train_on_refined(
     refinement: Refinement,
     image_set: ImageSet,
     config: EstimateConfig,
-    batches: Batches,
+    batches: BatchCache,
     seed: int,
     device: str,
     progress: Progress,
@@ -136,7 +136,7 @@ def learn_from(
     Returns:
         the corrector, and the number of images that it was trained on
     """
-    tried = torch.tensor(other_images(len(image_set), config.images))
+    tried = torch.tensor(tuning_image_indices(len(image_set), config.images))
     groups: list[tuple[Tensor, ...]] = []
     for indices in tried.split(BATCH):
         originals = image_set.crops(indices, device=device)
@@ -148,13 +148,13 @@ def learn_from(
         done = int(indices[-1] - tried[0]) + 1
         progress("refining images to learn the best estimate from", done, len(tried))
     parts = (torch.cat(part) for part in zip(*groups, strict=True))
-    corrector = learn_corrector(
+    corrector = train_corrector(
         *parts, config, precision=refinement.method.precision, seed=seed, device=device, progress=progress
     )
     return corrector, len(tried)
 
 
-def plain_search(encoders: Encoders, method: InvertConfig, seed: int) -> Search:
+def search_from_grey(encoders: FeatureSource, method: InvertConfig, seed: int) -> Search:
     """Return a search from grey."""
 
     def from_grey(images: Images, **options: Any) -> Iterator[Inversion]:

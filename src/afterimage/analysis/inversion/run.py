@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afterimage.analysis.inversion.best_estimate import learning_steps
+from afterimage.analysis.inversion.best_estimate import corrector_steps
 from afterimage.analysis.inversion.invert import Images, encode
 from afterimage.analysis.inversion.measure import (
     BATCH,
-    Batches,
+    BatchCache,
     Search,
     bound_controls,
     mean_features,
@@ -30,28 +30,35 @@ from afterimage.analysis.inversion.refinement import (
     Refinement,
     choose_passes,
     decoder_errors,
-    learn_from,
-    plain_search,
+    search_from_grey,
+    train_on_refined,
 )
-from afterimage.config import AfterimageError, DataConfig, counted, load_toml, shown
+from afterimage.config import AfterimageError, DataConfig, format_count, load_toml, printable_path
 from afterimage.config.inversion import (
-    HELD_OUT,
+    MAX_ERROR_IMAGES,
     EstimateConfig,
     InversionConfig,
     InvertConfig,
-    error_images,
-    other_images,
+    num_error_images,
+    tuning_image_indices,
 )
-from afterimage.data.dataset import file_notes, load_data, load_test, prepare_image
+from afterimage.data.dataset import file_notes, load_data, load_test_images, prepare_image
 from afterimage.data.images import ImageSet, crops_digest
 from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics
-from afterimage.models.reconstructor import Encoders, Reconstructor
+from afterimage.models.reconstructor import FeatureSource, Reconstructor
 from afterimage.models.weights import weight_notes
 from afterimage.runs.files import sha256, write_csv, write_image
-from afterimage.runs.results import DataFacts, DecoderAlone, InversionFacts, LpipsStatus, Result, UsedWeights
+from afterimage.runs.results import (
+    DataFacts,
+    InversionFacts,
+    LpipsStatus,
+    Result,
+    StartDecoder,
+    WeightsRecord,
+)
 from afterimage.runs.run import Run, environment
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 from afterimage.training.checkpoint import load_reconstructor
 
 
@@ -70,7 +77,7 @@ class InversionInputs:
 
 
 def from_data(
-    config: DataConfig, *, cache: Path | None = None, progress: Progress = silent
+    config: DataConfig, *, cache: Path | None = None, progress: Progress = no_progress
 ) -> InversionInputs:
     """Return the test and validation images of a data configuration; raise the errors of `load_data`."""
     data = load_data(config, cache=cache, progress=progress)
@@ -78,13 +85,13 @@ def from_data(
 
 
 def from_source(
-    config: DataConfig, *, cache: Path | None = None, progress: Progress = silent
+    config: DataConfig, *, cache: Path | None = None, progress: Progress = no_progress
 ) -> InversionInputs:
     """Return the images of the source `config.test`, for inversions from grey, which are trained on no images.
 
-    These are its test split or, if it has none, all its images; errors are those of `load_test`.
+    These are its test split or, if it has none, all its images; errors are those of `load_test_images`.
     """
-    images, notes = load_test(config, training=False, cache=cache, progress=progress)
+    images, notes = load_test_images(config, training=False, cache=cache, progress=progress)
     digest = crops_digest(config, images.content)
     facts = DataFacts(
         config.source, config.test, digest, digest, len(images), config.resize, config.crop
@@ -98,7 +105,7 @@ def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int | str = 22
     Raises:
         AfterimageError: a file is not an image, or is given twice; the message names it
     """
-    names = [shown(path) for path in paths]
+    names = [printable_path(path) for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
         raise AfterimageError(f"given twice: {', '.join(sorted(twice))}")
     config = DataConfig(resize=resize, crop=crop)
@@ -134,13 +141,13 @@ def invert_run(
     seed: int = 0,
     lpips: str | None = None,
     device: str = "cpu",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> list[Run]:
     """Refine the reconstructions of a finished run until their features are those of the originals.
 
     Each kind of answer becomes a run folder below `root`; those that are done are left alone, unless they were made
     from another decoder, other weights or other images of the same names. The decoder's
-    errors are learned from the first half of the validation images, at most `HELD_OUT`; the others serve to
+    errors are learned from the first half of the validation images, at most `MAX_ERROR_IMAGES`; the others serve to
     choose the number of passes and to learn the best estimates.
 
     Args:
@@ -193,11 +200,11 @@ def invert_run(
 def is_current(
     folder: Run,
     start: Run | None,
-    weights: Sequence[UsedWeights],
+    weights: Sequence[WeightsRecord],
     data: DataFacts,
     lpips: LpipsStatus,
     *,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> bool:
     """Return whether an inversion is done, and was made from the same decoder, weights and images as would be now.
 
@@ -251,11 +258,11 @@ def _from_decoder(
     }
     prior = None
     if validation is not None:
-        few = torch.arange(min(HELD_OUT, len(validation))).split(BATCH)
+        few = torch.arange(min(MAX_ERROR_IMAGES, len(validation))).split(BATCH)
         prior = mean_features(encoders, validation.batches(few, device=device))
-    if known := error_images(len(validation or ())):
+    if known := num_error_images(len(validation or ())):
         errors = decoder_errors(reconstructor, validation, known, device)
-        images = counted(known, "validation image")
+        images = format_count(known, "validation image")
         notes = [f"the decoder's errors, in images and in features, are learnt from {images}"]
     else:
         few = "no validation images" if validation is None else "too few validation images"
@@ -265,42 +272,46 @@ def _from_decoder(
     aside = folders["refined"].path / "validation"
     if method.held_out and validation is not None and method.optimizer == "lbfgs":
         if "refined" in missing:
-            batches, lpips = Batches(aside, [made_for, method.steps]), metrics.lpips_status
+            batches, lpips = BatchCache(aside, [made_for, method.steps]), metrics.lpips_status
             steps = choose_passes(refinement, validation, batches, metrics, device, progress)
         else:
             finished = folders["refined"].result
             steps, lpips = finished.inversion.steps, finished.lpips
         refinement = replace(refinement, method=replace(method, steps=steps))
         what = "LPIPS" if lpips.available else "PSNR"
-        images = counted(len(other_images(len(validation), method.held_out)), "other validation image")
+        images = format_count(
+            len(tuning_image_indices(len(validation), method.held_out)), "other validation image"
+        )
         notes.append(
             f"the number of passes, {steps} of at most {method.steps}, is the best in {what} for {images}"
         )
     kept, learning = (
-        Batches(path, [made_for, refinement.method.steps]) for path in (folders["refined"].path, aside)
+        BatchCache(path, [made_for, refinement.method.steps]) for path in (folders["refined"].path, aside)
     )
     options |= {"start": start, "prior": prior}
     if folder := missing.get("refined"):
-        _make(folder, encoders, refinement, given, notes, kept, **options)
+        _run_inversion(folder, encoders, refinement, given, notes, kept, **options)
     if folder := missing.get("estimate"):
         if validation is None:
             raise AfterimageError(
                 f"{run.name}: a best estimate is learned from validation images, and there are none"
             )
-        corrector, count = learn_from(refinement, validation, estimate, learning, seed, device, progress)
-        images = counted(count, "other validation image")
-        steps = counted(learning_steps(estimate, count), "step")
+        corrector, count = train_on_refined(
+            refinement, validation, estimate, learning, seed, device, progress
+        )
+        images = format_count(count, "other validation image")
+        steps = format_count(corrector_steps(estimate, count), "step")
         notes.append(f"learned from {images}, refined alike, in {steps}")
         best = BestEstimate(refinement, corrector, kept)
         # No batches of its own: the estimates start from those of the refinement.
-        _make(folder, encoders, best, given, notes, None, **options)
+        _run_inversion(folder, encoders, best, given, notes, None, **options)
     kept.clear()
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def invert_sources(
     folder: Run,
-    encoders: Encoders,
+    encoders: FeatureSource,
     method: InvertConfig,
     given: InversionInputs,
     *,
@@ -308,14 +319,14 @@ def invert_sources(
     **options: Any,
 ) -> None:
     """Invert images from grey through all sources of `encoders` together, into a run folder."""
-    batches = Batches(folder.path, [_made_for(encoders, "", "", given, options["metrics"]), method.steps])
-    _make(folder, encoders, plain_search(encoders, method, seed), given, [], batches, **options)
+    batches = BatchCache(folder.path, [_made_for(encoders, "", "", given, options["metrics"]), method.steps])
+    _run_inversion(folder, encoders, search_from_grey(encoders, method, seed), given, [], batches, **options)
     batches.clear()
 
 
 def _decoder_alone(
     reconstructor: Reconstructor, image_set: ImageSet, metrics: Metrics, device: str
-) -> DecoderAlone:
+) -> StartDecoder:
     started = time.monotonic()
     scores = summarise(evaluate(reconstructor, image_set, metrics, batch_size=BATCH, device=device).rows)
     # An upper bound, since it includes measuring the scores; small beside the time of an inversion.
@@ -326,24 +337,24 @@ def _decoder_alone(
         with torch.no_grad():
             decoded = reconstructor.feature_decoder(targets).clamp(0, 1)
             losses += feature_distance(reconstructor.encoders(decoded), targets).tolist()
-    return DecoderAlone(scores, seconds, sum(losses) / len(losses))
+    return StartDecoder(scores, seconds, sum(losses) / len(losses))
 
 
 def _made_for(
-    encoders: Encoders, start: str, digest: str, given: InversionInputs, metrics: Metrics
+    encoders: FeatureSource, start: str, digest: str, given: InversionInputs, metrics: Metrics
 ) -> list[Any]:
     """Return what finished batches depend on besides their images: weights, decoder's run and file, data, LPIPS."""
     weights = map(asdict, encoders.weights_of(encoders.sources))
     return [*weights, start, digest, asdict(given.facts), asdict(metrics.lpips_status)]
 
 
-def _make(
+def _run_inversion(
     folder: Run,
-    encoders: Encoders,
+    encoders: FeatureSource,
     search: Search,
     given: InversionInputs,
     notes: Sequence[str],
-    batches: Batches | None,
+    batches: BatchCache | None,
     *,
     metrics: Metrics,
     device: str,
@@ -368,7 +379,7 @@ def _make(
     )  # fmt: skip
     alone = None if prior is None else list(search.of_features(prior))[-1].images
     steps = measured.curve[-1]["step"]
-    took = f"{counted(steps, 'pass', 'passes')} an inversion, {measured.seconds:.1f} s an image"
+    took = f"{format_count(steps, 'pass', 'passes')} an inversion, {measured.seconds:.1f} s an image"
     facts = InversionFacts(
         steps=steps,
         seconds_per_image=measured.seconds,

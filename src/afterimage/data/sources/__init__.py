@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from afterimage.config import AfterimageError, unknown
+from afterimage.config import AfterimageError, unknown_choice_error
 from afterimage.data.sampling import Source
 from afterimage.data.sources.dead_leaves import read_dead_leaves
 from afterimage.data.sources.div2k import read_div2k
@@ -14,7 +14,7 @@ from afterimage.data.sources.folder import read_folder
 from afterimage.data.sources.huggingface import read_hub
 from afterimage.data.sources.sample_images import read_photographs
 from afterimage.data.sources.shards import read_parquet, read_webdataset
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 SOURCES: dict[str, Callable[[str, Collection[str], Path, Progress], Source]] = {
     "folder": lambda path, *_: read_folder(path),
@@ -27,17 +27,17 @@ SOURCES: dict[str, Callable[[str, Collection[str], Path, Progress], Source]] = {
 }
 """Readers of sources, by the word before the colon. Each takes the text after the colon, the splits that are used, the
 cache folder and the progress callback."""
-SPELLINGS = (
+SOURCE_FORMATS = (
     "folder:PATH", "hf:NAME", "hf:NAME@REVISION:SPLIT", "webdataset:SHARDS", "parquet:SHARDS", "div2k", "div2k:PATH",
     "procedural", "procedural:COUNT", "photographs",
 )  # fmt: skip
 
 
-def read_source(name: str, parts: Collection[str], cache: Path, progress: Progress = silent) -> Source:
+def read_source(name: str, parts: Collection[str], cache: Path, progress: Progress = no_progress) -> Source:
     """List the images of a source, without reading them.
 
     Args:
-        name: the source, in one of `SPELLINGS`
+        name: the source, in one of `SOURCE_FORMATS`
         parts: the splits that are used, `train`, `test` or both. Only these are downloaded of DIV2K, and procedural
             images for `test` alone differ from those for training
         cache: folder for downloads and copies
@@ -47,8 +47,8 @@ def read_source(name: str, parts: Collection[str], cache: Path, progress: Progre
         AfterimageError: the source is unknown, missing, empty or damaged; the message names it
     """
     kind, _, argument = name.partition(":")
-    if any(s.startswith(f"{kind}:") for s in SPELLINGS) if kind and argument else kind in SPELLINGS:
+    if any(s.startswith(f"{kind}:") for s in SOURCE_FORMATS) if kind and argument else kind in SOURCE_FORMATS:
         return SOURCES[kind](argument, parts, cache, progress)
     if name and os.path.isdir(os.path.expanduser(name)):
         raise AfterimageError(f"unknown source {name!r}; did you mean 'folder:{name}'?")
-    raise unknown("source", name, SPELLINGS)
+    raise unknown_choice_error("source", name, SOURCE_FORMATS)

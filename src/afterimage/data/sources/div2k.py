@@ -18,13 +18,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from afterimage.config import AfterimageError, local_path, shown
-from afterimage.data.decode import reason
+from afterimage.config import AfterimageError, local_path, printable_path
+from afterimage.data.decode import error_reason
 from afterimage.data.records import FileOriginal
 from afterimage.data.sampling import Source
 from afterimage.runs.files import sha256
-from afterimage.runs.lock import held
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runs.lock import hold_lock
+from afterimage.runtime.terminal import Progress, no_progress
 
 TIMEOUT = 30.0
 ATTEMPTS = 4  # consecutive attempts without any progress
@@ -42,7 +42,7 @@ class Archive:
     images: int
 
 
-def download(archive: Archive, url: str, path: Path, progress: Progress = silent) -> None:
+def download(archive: Archive, url: str, path: Path, progress: Progress = no_progress) -> None:
     """Download an archive from `url` to `path` and verify it.
 
     A lost connection is retried, and the bytes received so far are kept for a later call, in a file with the suffix
@@ -79,24 +79,26 @@ def download(archive: Archive, url: str, path: Path, progress: Progress = silent
     os.replace(part, path)
 
 
-def verify(archive: Archive, path: Path, progress: Progress = silent) -> None:
+def verify(archive: Archive, path: Path, progress: Progress = no_progress) -> None:
     """Check that a file has the size and the SHA-256 of an archive; raise an `AfterimageError` if not."""
     progress(f"verifying {archive.name}", 0, 1)
     size, digest = path.stat().st_size, sha256(path)
     progress(f"verifying {archive.name}", 1, 1)
     if (size, digest) != (archive.bytes, archive.sha256):
         raise AfterimageError(
-            f"{shown(path)} is damaged or not the published {archive.name}.zip: it has {size:,} bytes and SHA-256 "
+            f"{printable_path(path)} is damaged or not the published {archive.name}.zip: it has {size:,} "
+            "bytes and SHA-256 "
             f"{digest}; expected {archive.bytes:,} bytes and {archive.sha256}"
         )
 
 
-def need_room(folder: Path, needed: int) -> None:
+def check_free_space(folder: Path, needed: int) -> None:
     """Check that a folder's disk has `needed` bytes free; raise an `AfterimageError` if not."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise AfterimageError(
-            f"not enough room in {shown(folder)}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
+            f"not enough room in {printable_path(folder)}: {needed / 1e9:.1f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free; "
             "set AFTERIMAGE_CACHE to a folder with more"
         )
 
@@ -135,7 +137,7 @@ def _failed(url: str, part: Path, problem: str) -> AfterimageError:
     )
 
 
-def unpack(archive: Archive, path: Path, folder: Path, progress: Progress = silent) -> None:
+def unpack(archive: Archive, path: Path, folder: Path, progress: Progress = no_progress) -> None:
     """Unpack the images of a verified archive into a folder that does not exist yet, completely or not at all.
 
     Members are written under their bare names. No further checks are needed, as the archive's digest is verified.
@@ -151,7 +153,7 @@ def unpack(archive: Archive, path: Path, folder: Path, progress: Progress = sile
         tempfile.TemporaryDirectory(".part", f".{folder.name}.", folder.parent) as temporary,
     ):
         images = [member for member in file.infolist() if _IMAGE.fullmatch(Path(member.filename).name)]
-        need_room(folder.parent, sum(member.file_size for member in images))
+        check_free_space(folder.parent, sum(member.file_size for member in images))
         whole = Path(temporary, folder.name)
         whole.mkdir()
         for done, member in enumerate(images, 1):
@@ -173,7 +175,7 @@ ARCHIVES = {
 }
 
 
-def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progress = silent) -> Source:
+def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progress = no_progress) -> Source:
     """List the images of DIV2K, after downloading them if necessary. Its validation images are the test split.
 
     Args:
@@ -185,7 +187,7 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
     """
     given = Path(local_path(path)) if path else None
     if given is not None and not given.is_dir():
-        raise AfterimageError(f"there is no folder {shown(given)}")
+        raise AfterimageError(f"there is no folder {printable_path(given)}")
     found: dict[str, list[FileOriginal]] = {}
     for part, archive in ARCHIVES.items():
         if part not in parts:
@@ -195,11 +197,13 @@ def read_div2k(path: str, parts: Collection[str], cache: Path, progress: Progres
             files = sorted(f.name for f in folder.iterdir() if _IMAGE.fullmatch(f.name))
         except OSError as error:
             where = error.filename or cache / "div2k"
-            raise AfterimageError(f"cannot get {archive.name}: {shown(where)}: {reason(error)}") from None
+            raise AfterimageError(
+                f"cannot get {archive.name}: {printable_path(where)}: {error_reason(error)}"
+            ) from None
         if len(files) != archive.images:
             raise AfterimageError(
-                f"{shown(folder)} holds {len(files)} images, {archive.name} has {archive.images}; "
-                f"complete or remove it, or use it as it is with folder:{shown(folder)}"
+                f"{printable_path(folder)} holds {len(files)} images, {archive.name} has {archive.images}; "
+                f"complete or remove it, or use it as it is with folder:{printable_path(folder)}"
             )
         found[part] = [FileOriginal(Path(file).stem, folder, file) for file in files]
     return Source(found.get("train", ()), None, found.get("test"), root=given or cache / "div2k")
@@ -217,13 +221,13 @@ def _unpacked(archive: Archive, given: Path | None, kept: Path, progress: Progre
         return folder
     lock = kept / f"{archive.name}.lock"
     lock.mkdir(parents=True, exist_ok=True)
-    with held(lock, lambda text: progress(text, 1, 1)):
+    with hold_lock(lock, lambda text: progress(text, 1, 1)):
         if folder.is_dir():
             return folder
         if file.is_file():
             verify(archive, file, progress)
         else:
-            need_room(kept, 2 * archive.bytes)
+            check_free_space(kept, 2 * archive.bytes)
             download(archive, BASE_URL + file.name, file, progress)
         unpack(archive, file, folder, progress)
         if given is None:

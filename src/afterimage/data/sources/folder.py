@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from afterimage.config import AfterimageError, listed, local_path
-from afterimage.data.decode import EXTENSIONS, reason, shown
+from afterimage.config import AfterimageError, join_names, local_path
+from afterimage.data.decode import EXTENSIONS, error_reason, printable_path
 from afterimage.data.records import FileOriginal
 from afterimage.data.sampling import (
-    PLAIN,
+    SELF_EXPLANATORY_NAMES,
     SPLIT_WORDS,
     TEST,
     TRAINING,
     VALIDATION,
     Source,
-    kind_of,
-    left_out,
+    file_extension,
+    ignored_files_note,
     nested_split,
     pooled_names,
     split_names,
@@ -53,16 +53,21 @@ def read_folder(path: str) -> Source:
         with os.scandir(root) as entries:
             names = [entry.name for entry in entries if _is_folder(entry)]
     except (OSError, ValueError) as error:
-        raise AfterimageError(f"cannot read the folder {shown(root)}: {reason(error)}") from None
-    survey = _look_through(root)
+        raise AfterimageError(
+            f"cannot read the folder {printable_path(root)}: {error_reason(error)}"
+        ) from None
+    survey = _walk_folders(root)
     # A folder named `train` counts as a split even if it is empty, which is then reported as an error.
     top = {name for name in names if name.lower() in WORDS} | {place[0] for place in survey.images if place}
     depth, parts = (0, at_top) if (at_top := split_names(top)) else nested_split(survey.images) or (0, {})
     if not parts:
         found = _originals(root, survey, [root], lambda place: True)
-        notes = left_out(_total(survey.others.values()))
+        notes = ignored_files_note(_total(survey.others.values()))
         return Source(
-            found, root=root, notes=tuple(notes), pooled=tuple(map(shown, pooled_names(survey.images)))
+            found,
+            root=root,
+            notes=tuple(notes),
+            pooled=tuple(map(printable_path, pooled_names(survey.images))),
         )
 
     def part_of(place: Place) -> str | None:
@@ -74,19 +79,22 @@ def read_folder(path: str) -> Source:
         for part in SPLIT_WORDS
         if part in parts.values()
     }
-    notes = left_out(_total(kinds for place, kinds in survey.others.items() if part_of(place)))
-    if depth or not PLAIN.issuperset(map(str.lower, parts)):
+    notes = ignored_files_note(_total(kinds for place, kinds in survey.others.items() if part_of(place)))
+    if depth or not SELF_EXPLANATORY_NAMES.issuperset(map(str.lower, parts)):
         told = {
-            part: listed([shown(folder.relative_to(root)) for folder in own]) for part, own in folders.items()
+            part: join_names([printable_path(folder.relative_to(root)) for folder in own])
+            for part, own in folders.items()
         }
         what = "; ".join(f"{part} images from {own}" for part, own in told.items())
         notes.append(f"split by the names of folders: {what}")
     beside: Counter[str] = Counter()
     for place, own in survey.images.items():
         if not part_of(place):
-            beside[shown(os.path.join(*place[: depth + 1])) if place else "the folder itself"] += len(own)
+            beside[printable_path(os.path.join(*place[: depth + 1])) if place else "the folder itself"] += (
+                len(own)
+            )
     if beside:
-        told_beside = listed([f"{count:,} in {place}" for place, count in beside.most_common()])
+        told_beside = join_names([f"{count:,} in {place}" for place, count in beside.most_common()])
         notes.append(f"left out beside the folders of the split: {beside.total():,} images, {told_beside}")
     found = {
         part: _originals(root, survey, own, lambda place, part=part: part_of(place) == part)
@@ -107,22 +115,22 @@ def _originals(
         raise AfterimageError(survey.closed[closed[0]])
     found: dict[str, FileOriginal] = {}
     for file in sorted("/".join((*p, name)) for p, own in survey.images.items() if chosen(p) for name in own):
-        name = shown(file)
+        name = printable_path(file)
         name = file if name == file else name  # one string, not two, for each of a million images
         while name in found:  # names may differ only in bytes that are not text
             name += "~"
         found[name] = FileOriginal(name, root, file)
     if not found:
         others = _total(kinds for place, kinds in survey.others.items() if chosen(place))
-        kinds = ", ".join(f"{count} {shown(kind)}" for kind, count in others.most_common(5))
+        kinds = ", ".join(f"{count} {printable_path(kind)}" for kind, count in others.most_common(5))
         raise AfterimageError(
-            f"there are no images in {shown(folders[0])} or below it; looked for {', '.join(EXTENSIONS)}"
+            f"there are no images in {printable_path(folders[0])} or below it; looked for {', '.join(EXTENSIONS)}"
             + (f" and found only {kinds}" if kinds else "")
         )
     return [found[name] for name in sorted(found)]
 
 
-def _look_through(root: Path) -> _Survey:
+def _walk_folders(root: Path) -> _Survey:
     """Walk through a folder. Links to folders are followed, but each folder is read only once, so loops end."""
     survey, seen = _Survey(), set()
     waiting: list[Place] = [()]
@@ -136,13 +144,15 @@ def _look_through(root: Path) -> _Survey:
             with os.scandir(root.joinpath(*place)) as entries:
                 names = sorted((entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != ".")
         except OSError as error:
-            survey.closed[place] = f"cannot read the folder {shown(error.filename)}: {reason(error)}"
+            survey.closed[place] = (
+                f"cannot read the folder {printable_path(error.filename)}: {error_reason(error)}"
+            )
             continue
         for name, is_folder in names:
-            if not is_folder and kind_of(name) in EXTENSIONS:
+            if not is_folder and file_extension(name) in EXTENSIONS:
                 survey.images.setdefault(place, []).append(name)
             elif not is_folder:
-                survey.others.setdefault(place, Counter())[kind_of(name)] += 1
+                survey.others.setdefault(place, Counter())[file_extension(name)] += 1
         waiting += ((*place, name) for name, is_folder in reversed(names) if is_folder and name != "__MACOSX")
     return survey
 

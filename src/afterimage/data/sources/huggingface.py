@@ -16,19 +16,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from afterimage.config import AfterimageError, listed, unknown
-from afterimage.data.decode import MAX_BYTES, BadImage, read_bytes, shown
+from afterimage.config import AfterimageError, join_names, unknown_choice_error
+from afterimage.data.decode import MAX_BYTES, BadImage, printable_path, read_bytes
 from afterimage.data.records import EncodedOriginal
 from afterimage.data.sampling import (
-    PLAIN,
+    SELF_EXPLANATORY_NAMES,
     TEST,
     TRAINING,
     VALIDATION,
     Source,
     split_names,
 )
-from afterimage.runtime.hub import ask_for_file, refusal
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.hub import check_file_exists, explain_refusal
+from afterimage.runtime.terminal import Progress, no_progress
 
 if TYPE_CHECKING:
     import datasets
@@ -39,7 +39,7 @@ _HUB = re.compile(r"([^@:]+)(?:@([^:]+))?(?::(.+))?")
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
+class ImageTable:
     """Images of a memory-mapped table.
 
     Attributes:
@@ -62,7 +62,7 @@ class RowOriginal(EncodedOriginal):
     """Image in a row of a table, as bytes or as the path of a file."""
 
     id: str
-    images: Images
+    images: ImageTable
     row: int
 
     @property
@@ -85,7 +85,7 @@ class RowOriginal(EncodedOriginal):
         return content
 
 
-def read_hub(name: str, cache: Path, progress: Progress = silent) -> Source:
+def read_hub(name: str, cache: Path, progress: Progress = no_progress) -> Source:
     """List the images of a dataset on the hub; ids are `SPLIT/ROW`.
 
     Args:
@@ -115,7 +115,7 @@ def read_hub(name: str, cache: Path, progress: Progress = silent) -> Source:
         ) from None
     below = folder.absolute(), Path(constants.HF_HUB_CACHE)
     if chosen is not None and chosen not in splits:
-        raise unknown(f"split of {repository}", chosen, splits)
+        raise unknown_choice_error(f"split of {repository}", chosen, splits)
     parts = {chosen: TRAINING} if chosen else split_names(splits) or dict.fromkeys(splits, TRAINING)
     found: dict[str, list[RowOriginal]] = {}
     for split, part in parts.items():
@@ -123,13 +123,13 @@ def read_hub(name: str, cache: Path, progress: Progress = silent) -> Source:
         rows = range(len(splits[split]))
         found.setdefault(part, []).extend(RowOriginal(f"{split}/{row:07d}", images, row) for row in rows)
     notes = []
-    if len(found) > 1 and not PLAIN.issuperset(parts):
+    if len(found) > 1 and not SELF_EXPLANATORY_NAMES.issuperset(parts):
         told = (f"{part} images from {split}" for split, part in parts.items())
         notes.append(f"split by the names of splits: {'; '.join(told)}")
     elif len(found) == 1 and len(parts) > 1:
-        notes.append(f"the images of the splits {listed(sorted(parts))} are pooled and split at random")
+        notes.append(f"the images of the splits {join_names(sorted(parts))} are pooled and split at random")
     if not chosen and (beside := sorted(splits.keys() - parts.keys())):
-        notes.append(f"left out beside the splits that are read: {listed(beside)}")
+        notes.append(f"left out beside the splits that are read: {join_names(beside)}")
     return Source(*map(found.get, (TRAINING, VALIDATION, TEST)), Path(f"hf:{name}"), tuple(notes))
 
 
@@ -142,17 +142,18 @@ def _from_hub(
 
     if not constants.HF_HUB_OFFLINE:
         try:
-            ask_for_file(hf_hub_url(repository, "README.md", repo_type="dataset", revision=revision))
+            check_file_exists(hf_hub_url(repository, "README.md", repo_type="dataset", revision=revision))
         except EntryNotFoundError:
             pass  # a README is not needed: dataset and revision exist
         except Exception as error:
-            why = refusal(repository, revision, error, "datasets/")
+            why = explain_refusal(repository, revision, error, "datasets/")
             if not hasattr(error, "response"):
                 why += "; with HF_HUB_OFFLINE=1 what the cache has is taken"
             raise AfterimageError(f"cannot read hf:{repository}: {why}") from None
     elif not folder.is_dir():
         raise AfterimageError(
-            f"cannot read hf:{repository}: {shown(folder.parent)} has nothing of it at this revision, and nothing is "
+            f"cannot read hf:{repository}: {printable_path(folder.parent)} has nothing of it at this "
+            "revision, and nothing is "
             "downloaded, as HF_HUB_OFFLINE is set"
         )
     with preparing(f"hf:{repository}", progress):
@@ -169,7 +170,7 @@ def import_datasets(kind: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def preparing(what: str, progress: Progress = silent) -> Iterator[None]:
+def preparing(what: str, progress: Progress = no_progress) -> Iterator[None]:
     """Hide the library's progress bars, and raise any of its errors as one `AfterimageError` that names `what`."""
     import datasets
 
@@ -206,12 +207,13 @@ def image_column(features: Mapping[str, Any], what: str) -> str:
     if named or len(found) == 1:
         return (named or found)[0]
     raise AfterimageError(
-        f"{what} has {f'several columns of files ({listed(found)})' if found else 'no column of images'}; images are "
+        f"{what} has "
+        f"{f'several columns of files ({join_names(found)})' if found else 'no column of images'}; images are "
         f"looked for in one of images or bytes, called {', '.join(COLUMNS)}; its columns: {', '.join(features)}"
     )
 
 
-def find_images(table: datasets.Dataset, what: str, root: str, below: tuple[Path, ...] = ()) -> Images:
+def find_images(table: datasets.Dataset, what: str, root: str, below: tuple[Path, ...] = ()) -> ImageTable:
     import datasets
 
     column = image_column(table.features, what)
@@ -220,4 +222,4 @@ def find_images(table: datasets.Dataset, what: str, root: str, below: tuple[Path
     files = [(file["filename"], os.stat(file["filename"]).st_mtime_ns) for file in table.cache_files]
     with preparing(what):
         table = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    return Images(table, column, hashlib.sha256(repr(files).encode()).hexdigest(), root, below)
+    return ImageTable(table, column, hashlib.sha256(repr(files).encode()).hexdigest(), root, below)

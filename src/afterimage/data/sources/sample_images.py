@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from afterimage.config import AfterimageError, shown
+from afterimage.config import AfterimageError, printable_path
 from afterimage.data.records import FileOriginal, PartOriginal
 from afterimage.data.sampling import Source
 
@@ -43,7 +43,7 @@ def read_photographs() -> Source:
     for name, file, columns, rows in _PHOTOGRAPHS:
         if not (folder / file).is_file():
             raise AfterimageError(
-                f"the installed scikit-image does not carry {shown(folder / file)}; install 0.22 or newer"
+                f"the installed scikit-image does not carry {printable_path(folder / file)}; install 0.22 or newer"
             )
         found.append(whole := FileOriginal(name, folder, file))
         for part in range(columns * rows if columns * rows > 1 else 0):

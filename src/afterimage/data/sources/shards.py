@@ -20,16 +20,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afterimage.config import AfterimageError, first_line, listed, local_path
-from afterimage.data.decode import EXTENSIONS, MAX_BYTES, shown
+from afterimage.config import AfterimageError, first_line, join_names, local_path
+from afterimage.data.decode import EXTENSIONS, MAX_BYTES, printable_path
 from afterimage.data.records import FileOriginal
 from afterimage.data.sampling import (
     TEST,
     TRAINING,
     VALIDATION,
     Source,
-    kind_of,
-    left_out,
+    file_extension,
+    ignored_files_note,
     nested_split,
     pooled_names,
 )
@@ -40,7 +40,7 @@ from afterimage.data.sources.huggingface import (
     import_datasets,
     preparing,
 )
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 if TYPE_CHECKING:
     pass
@@ -52,7 +52,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
 
 
-def read_parquet(pattern: str, cache: Path, progress: Progress = silent) -> Source:
+def read_parquet(pattern: str, cache: Path, progress: Progress = no_progress) -> Source:
     """List the images of Parquet files with a Hugging Face image column or a column of bytes; ids are `FILE/ROW`.
 
     Args:
@@ -65,7 +65,7 @@ def read_parquet(pattern: str, cache: Path, progress: Progress = silent) -> Sour
     return _read_shards(pattern, "parquet", _rows, cache, progress)
 
 
-def read_webdataset(pattern: str, cache: Path, progress: Progress = silent) -> Source:
+def read_webdataset(pattern: str, cache: Path, progress: Progress = no_progress) -> Source:
     """List the images of tar files, compressed or not, recognised by their extensions; ids are `FILE/MEMBER`.
 
     Args:
@@ -88,7 +88,9 @@ def _rows(paths: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
     for shard, path in enumerate(map(os.fsdecode, paths)):
         try:
             with parquet.ParquetFile(path) as file:
-                column = image_column(datasets.Features.from_arrow_schema(file.schema_arrow), shown(path))
+                column = image_column(
+                    datasets.Features.from_arrow_schema(file.schema_arrow), printable_path(path)
+                )
                 batches = file.iter_batches(BATCH, columns=[column])
                 images = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
                 for row, image in enumerate(images):
@@ -96,9 +98,11 @@ def _rows(paths: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
                     yield {"shard": shard, "name": f"{row:07d}", "image": {"bytes": content, "path": None}}
                 total += file.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise AfterimageError(f"cannot read {shown(path)}: {first_line(error)}") from None
+            raise AfterimageError(f"cannot read {printable_path(path)}: {first_line(error)}") from None
     if not total:
-        raise AfterimageError(f"{listed([shown(os.fsdecode(path)) for path in paths], 3)}: no rows")
+        raise AfterimageError(
+            f"{join_names([printable_path(os.fsdecode(path)) for path in paths], 3)}: no rows"
+        )
 
 
 def _members(paths: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
@@ -112,16 +116,18 @@ def _members(paths: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
                     hidden = any(step[:1] == "." or step == "__MACOSX" for step in name.split("/"))
                     if member.isdir() or hidden:
                         continue
-                    row = {"shard": shard, "name": shown(name), "image": None}
-                    if kind_of(name) in EXTENSIONS:
+                    row = {"shard": shard, "name": printable_path(name), "image": None}
+                    if file_extension(name) in EXTENSIONS:
                         if not member.isreg() or member.size > MAX_BYTES:
                             what = "larger than 1 GiB" if member.isreg() else "a link or a device"
-                            raise AfterimageError(f"{shown(path)}/{shown(name)}: is {what}")
+                            raise AfterimageError(f"{printable_path(path)}/{printable_path(name)}: is {what}")
                         row["image"] = {"bytes": archive.extractfile(member).read(), "path": None}
                     yield row
                 _check_end(archive)
         except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
-            raise AfterimageError(f"{shown(path)} is damaged or no tar file: {first_line(error)}") from None
+            raise AfterimageError(
+                f"{printable_path(path)} is damaged or no tar file: {first_line(error)}"
+            ) from None
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
@@ -148,7 +154,7 @@ def _read_shards(
     library = import_datasets(kind)
     paths = expand(pattern)
     root = Path(os.path.commonpath([path.parent for path in paths]))
-    names = {path: shown(path.relative_to(root)).replace(os.sep, "/") for path in paths}
+    names = {path: printable_path(path.relative_to(root)).replace(os.sep, "/") for path in paths}
     places = {path: path.relative_to(root).with_suffix("").parts for path in paths}
     depth, parts = nested_split(places.values()) or (0, {})
     part_of = {path: parts.get(places[path][depth], "") if parts else TRAINING for path in paths}
@@ -156,16 +162,18 @@ def _read_shards(
     chosen = {part: own for part, own in every.items() if own}
     notes = []
     if parts:
-        told = (f"{part} images from {listed([names[p] for p in own], 3)}" for part, own in chosen.items())
+        told = (
+            f"{part} images from {join_names([names[p] for p in own], 3)}" for part, own in chosen.items()
+        )
         notes.append(f"split by the names of shards: {'; '.join(told)}")
     if beside := [names[path] for path in paths if not part_of[path]]:
-        notes.append(f"left out beside the shards of the split: {listed(beside)}")
+        notes.append(f"left out beside the shards of the split: {join_names(beside)}")
     pooled = [] if parts else pooled_names({place[:-1] for place in places.values()})
     kinds = library.Value("int32"), library.Value("string"), library.Image(decode=False)
     found: dict[str, list[RowOriginal]] = {}
     others: Counter[str] = Counter()
     for part, own in chosen.items():
-        what = listed([shown(path) for path in own], 3)
+        what = join_names([printable_path(path) for path in own], 3)
         states = [FileOriginal("", path.parent, path.name).state() for path in own]
         with preparing(what, progress):
             table = library.Dataset.from_generator(
@@ -175,7 +183,7 @@ def _read_shards(
                 cache_dir=str(cache / "datasets"),
                 fingerprint=hashlib.sha256(repr((VERSION, states)).encode()).hexdigest()[:16],
             )
-        images = find_images(table, what, shown(root))
+        images = find_images(table, what, printable_path(root))
         shards, members, are_images = (table.data.column(name) for name in ("shard", "name", "image"))
         each = zip(shards.to_pylist(), members.to_pylist(), are_images.is_valid().to_pylist(), strict=True)
         found[part] = []
@@ -183,12 +191,12 @@ def _read_shards(
             if is_image:
                 found[part].append(RowOriginal(f"{names[own[shard]]}/{name}", images, row))
             else:
-                others[kind_of(name)] += 1
+                others[file_extension(name)] += 1
         if not found[part]:
             raise AfterimageError(
                 f"{what}: no images among {len(table):,} files; looked for {', '.join(EXTENSIONS)}"
             )
-    notes += left_out(others)
+    notes += ignored_files_note(others)
     return Source(*map(found.get, (TRAINING, VALIDATION, TEST)), root, tuple(notes), tuple(pooled))
 
 
@@ -206,7 +214,7 @@ def expand(pattern: str) -> list[Path]:
     for name in map("".join, itertools.product(*choices)):
         if os.path.exists(name) or not glob.has_magic(name):
             if not os.path.isfile(name):
-                raise AfterimageError(f"there is no file {shown(name)}")
+                raise AfterimageError(f"there is no file {printable_path(name)}")
             found[Path(name).absolute()] = None
         else:
             found |= {Path(match).absolute(): None for match in sorted(glob.glob(name, recursive=True))}

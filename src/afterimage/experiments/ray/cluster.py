@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from afterimage.config import AfterimageError, RunConfig, split_source
-from afterimage.experiments.cost import plan
+from afterimage.experiments.cost import estimate_cost
 from afterimage.experiments.ray import worker
 from afterimage.models.encoders.tracing import layer_info
-from afterimage.runtime.failures import Unexpected, let_go, one_line
+from afterimage.runtime.failures import UnexpectedError, clear_error_frames, one_line
 from afterimage.runtime.terminal import Progress
 from afterimage.training.feature_loader import VALIDATION_BYTES
 
-TICK = 0.2
+POLL_SECONDS = 0.2
 """Seconds between two checks for messages of workers and for tasks that have ended."""
 STORE_BYTES = 256 * 2**20
 """Bytes of Ray's object store on a cluster started here: workers see the run folders, so only messages use it."""
@@ -96,19 +96,19 @@ def group_bytes(configs: Iterable[RunConfig]) -> int:
     total, encoders = BASE_BYTES + VALIDATION_BYTES, {}
     for config in configs:
         try:
-            memory = plan(config).bytes
+            memory = estimate_cost(config).bytes
             for source in config.sources:
                 model = split_source(source)[0]
                 parameters = layer_info(source, config.data.size).encoder_parameters
                 encoders[model] = max(encoders.get(model, 0), 4 * parameters)
         except Exception as error:
-            let_go(error)
+            clear_error_frames(error)
             continue
         total += memory
     return total + sum(encoders.values())
 
 
-def share_machines(
+def allocate_resources(
     sizes: Sequence[int],
     nodes: Sequence[Mapping[str, Any]],
     *,
@@ -167,7 +167,7 @@ def describe(need: Mapping[str, int]) -> str:
     return f"{cpus} CPU{'s' * (cpus > 1)}, {'1 GPU, ' * gpus}{need['memory'] / 2**30:.1f} GiB"
 
 
-class Lost(AfterimageError):
+class WorkerLost(AfterimageError):
     """Error that a task's worker was lost or stopped, so that the task may be submitted again; the text says how."""
 
 
@@ -177,7 +177,7 @@ class Tasks:
     Args:
         ray: the ray package
         progress: callback for the progress and messages of each task
-        needs: resources of each task, see `share_machines`
+        needs: resources of each task, see `allocate_resources`
         retries: number of times that a task whose worker is lost may be submitted again
     """
 
@@ -234,9 +234,9 @@ class Tasks:
         """Wait a moment, show new messages, and return the tasks that have ended since the last call.
 
         Returns:
-            the number of each task with its answer, or with the error that ended it: `Lost`, or one of the task
+            the number of each task with its answer, or with the error that ended it: `WorkerLost`, or one of the task
         """
-        time.sleep(TICK)
+        time.sleep(POLL_SECONDS)
         running = list(self.running)
         ended = self.ray.wait(running, num_returns=len(running), timeout=0)[0] if running else []
         for number, what, done, total, figures in self.messages.get_nowait_batch(self.messages.qsize()):
@@ -249,12 +249,14 @@ class Tasks:
             return self.ray.get(task)
         except exceptions.RayTaskError as error:  # raised by the task, so a retry would raise it again
             cause = error.cause or error
-            return cause if isinstance(cause, AfterimageError) else Unexpected(one_line(cause), str(error))
+            return (
+                cause if isinstance(cause, AfterimageError) else UnexpectedError(one_line(cause), str(error))
+            )
         except exceptions.TaskCancelledError:
-            return Lost("it was stopped")
+            return WorkerLost("it was stopped")
         except exceptions.RayError as error:
             why = str(error).strip().partition("\n")[0]
-            return Lost(f"{type(error).__name__}: {why:.500}")
+            return WorkerLost(f"{type(error).__name__}: {why:.500}")
 
     def cancel(self) -> None:
         """Cancel all tasks; a task that has begun is interrupted with the effect of Ctrl-C."""

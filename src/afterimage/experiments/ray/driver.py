@@ -9,19 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from afterimage.config import AfterimageError, RunConfig, shown
+from afterimage.config import AfterimageError, RunConfig, printable_path
 from afterimage.config.study import StudyConfig
 from afterimage.experiments.inference import review_finished
-from afterimage.experiments.queue import RunQueue, groups, report_failures
+from afterimage.experiments.queue import RunQueue, group_runs, report_failures
 from afterimage.experiments.ray import worker
-from afterimage.experiments.ray.cluster import Lost, Tasks, connect, group_bytes, share_machines
-from afterimage.experiments.ray.worker import Answer, identify, unpack
+from afterimage.experiments.ray.cluster import Tasks, WorkerLost, allocate_resources, connect, group_bytes
+from afterimage.experiments.ray.worker import GroupOutcome, folder_identity, unpack
 from afterimage.experiments.study import find_bounds
-from afterimage.runs.lock import POLL
-from afterimage.runs.run import Run, forget, recorded_error
-from afterimage.runtime.failures import collected, concerns, of_caller, one_line
+from afterimage.runs.lock import POLL_SECONDS
+from afterimage.runs.run import Run, read_failure, remove_traceback
+from afterimage.runtime.failures import collect_failures, error_scope, one_line, protect_callback
 from afterimage.runtime.process import GracefulShutdown, graceful_shutdown
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 from afterimage.training.checkpoint import CHECKPOINT, remove_checkpoint
 from afterimage.training.feature_loader import CHECKPOINT_SECONDS
 
@@ -32,7 +32,7 @@ def train_on_ray(
     *,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     keep: int = 8,
     failures: list[AfterimageError] | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -59,7 +59,7 @@ def train_on_ray(
         Stopped: SIGTERM or Ctrl-C; every worker has stopped after its current step, with a checkpoint
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
-    progress = of_caller(progress)
+    progress = protect_callback(progress)
     queue = RunQueue(lambda text: progress(text, 1, 1))
     root = Path(root).resolve()
     runs = queue.open(configs, root)
@@ -74,9 +74,9 @@ def train_on_ray(
         }
         with connect(address, queue.log) as ray, graceful_shutdown() as stop:
             # Count finished groups too: the resources of a group must not depend on which others are done.
-            every = groups(zip(runs, configs, strict=True))
+            every = group_runs(zip(runs, configs, strict=True))
             sizes = [group_bytes(group.values()) for group in every]
-            needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=queue.log)
+            needs = allocate_resources(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=queue.log)
             tasks, jobs = Tasks(ray, progress, needs, retries), [Job(*job) for job in enumerate(every)]
             Driver(tasks, queue, jobs, root, options).work(stop)
     report_failures(queue.failures, failures)
@@ -133,7 +133,7 @@ class Driver:
             while any(job.running or self._waiting(job.group) for job in self.jobs):
                 stop.check()
                 if time.monotonic() >= look_at:
-                    look_at = time.monotonic() + POLL
+                    look_at = time.monotonic() + POLL_SECONDS
                     for job in self.jobs:
                         if not job.running and self._waiting(job.group):
                             self._submit(job)
@@ -161,12 +161,12 @@ class Driver:
             for run in job.runs:
                 if run.state == "failed":  # in an earlier study; a run that fails from now on is not retried
                     run.set_state("new")
-                    forget(run)
+                    remove_traceback(run)
             configs = list(job.runs.values())
             attempt = {
                 "configs": {config.digest: config for config in configs},
                 "root": str(self.root),
-                "folder": identify(str(self.root), configs[0]) if job.shared else None,
+                "folder": folder_identity(str(self.root), configs[0]) if job.shared else None,
                 "sent": {} if job.shared else {run.name: _checkpoints(run) for run in job.runs},
                 "options": self.options,
             }
@@ -186,7 +186,7 @@ class Driver:
         for number, outcome in self.tasks.ended():
             job = self.jobs[number]
             try:
-                if isinstance(outcome, Lost):
+                if isinstance(outcome, WorkerLost):
                     self._lost(job, str(outcome))
                 elif isinstance(outcome, Exception):
                     self._fail(job, outcome)
@@ -197,10 +197,10 @@ class Driver:
             job.running = False
             self._release(job)
 
-    def _accept(self, job: Job, answer: Answer | None) -> None:
+    def _accept(self, job: Job, answer: GroupOutcome | None) -> None:
         if answer is None:
             job.shared = False
-            where = f"the worker does not see {shown(self.root)}: runs are sent back when they have ended"
+            where = f"the worker does not see {printable_path(self.root)}: runs are sent back when they have ended"
             self.tasks.show(job.number, where)
             return
         for run in job.runs:
@@ -227,7 +227,7 @@ class Driver:
             with self.queue.isolate(run):
                 state = run.state
                 if state in ("done", "failed") and self.queue.waiting.pop(run, None) and state == "failed":
-                    self.queue.failures.append(recorded_error(run))
+                    self.queue.failures.append(read_failure(run))
 
     def _lost(self, job: Job, why: str) -> None:
         """Leave the runs of a lost worker waiting for another one, or end them if the retries are used up."""
@@ -243,7 +243,7 @@ class Driver:
 
         An error of the cluster or of the caller ends everything: it is raised.
         """
-        if concerns(error) or isinstance(error, self.tasks.ray.exceptions.RayError):
+        if error_scope(error) or isinstance(error, self.tasks.ray.exceptions.RayError):
             raise error
         self.tasks.show(job.number, one_line(error))
         self._release(job)
@@ -279,7 +279,7 @@ def find_bounds_on_ray(
     *,
     cache: Path | None = None,
     accelerator: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     address: str = "",
     cpus: int | None = None,
     retries: int = 3,
@@ -302,20 +302,20 @@ def find_bounds_on_ray(
     """
     if not runs:
         return []
-    progress, root = of_caller(progress), Path(root).resolve()
+    progress, root = protect_callback(progress), Path(root).resolve()
     options = {"cache": cache and Path(cache).resolve(), "accelerator": accelerator}
     log = partial(progress, done=1, total=1)
     found: dict[int, list[Run]] = {}
     unseen: list[int] = []
     with connect(address, log) as ray, graceful_shutdown() as stop:
         sizes = [group_bytes([run.config]) for run in runs]
-        needs = share_machines(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=log)
+        needs = allocate_resources(sizes, ray.nodes(), accelerator=accelerator, cpus=cpus, log=log)
         tasks = Tasks(ray, progress, needs, retries)
 
         def submit(number: int) -> None:
             run = runs[number]
             search = {"name": run.name, "study": study, "root": str(root), "options": options}
-            folder, names = identify(str(root), run.config), f"the bound of {run.name}"
+            folder, names = folder_identity(str(root), run.config), f"the bound of {run.name}"
             tasks.submit(number, worker.find_bound, names, folder=folder, **search)
 
         try:
@@ -325,12 +325,12 @@ def find_bounds_on_ray(
                 stop.check()
                 for number, outcome in tasks.ended():
                     bound = f"the measured bound of {runs[number].name}"
-                    with collected(failures, bound):
+                    with collect_failures(failures, bound):
                         if outcome is None:
-                            where = f"the worker does not see {shown(root)}"
+                            where = f"the worker does not see {printable_path(root)}"
                             tasks.show(number, f"{where}: its bound is found here, after the others")
                             unseen.append(number)
-                        elif isinstance(outcome, Lost):
+                        elif isinstance(outcome, WorkerLost):
                             tasks.count_lost(number, bound, str(outcome), "from the last batch")
                             submit(number)
                         elif isinstance(outcome, Exception):

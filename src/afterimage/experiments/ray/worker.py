@@ -26,7 +26,7 @@ Folders = Mapping[str, Mapping[str, bytes]]
 
 
 @dataclass
-class Answer:
+class GroupOutcome:
     """Outcome of an attempt to train a group.
 
     Attributes:
@@ -42,7 +42,7 @@ class Answer:
     folders: Folders = field(default_factory=dict)
 
 
-def identify(root: str, config: RunConfig) -> tuple[int, int] | None:
+def folder_identity(root: str, config: RunConfig) -> tuple[int, int] | None:
     """Identify a folder by a run's `config.toml` in it, to tell equal paths on two machines apart.
 
     Args:
@@ -99,7 +99,7 @@ def train_group(
     sent: Folders,
     options: Mapping[str, Any],
     progress: Progress,
-) -> Answer | None:
+) -> GroupOutcome | None:
     """Train a group of runs on a worker, as `queue.train_runs` does locally.
 
     A failed run is recorded in its folder. Ray cancels a task with the effect of Ctrl-C: training then stops after the
@@ -108,7 +108,8 @@ def train_group(
     Args:
         configs: the runs, by the digest of their settings as the driver computes it
         root: the driver's folder of run folders
-        folder: identity of `root` on the driver (see `identify`); None trains in a temporary folder of this machine
+        folder: identity of `root` on the driver (see `folder_identity`); None trains in a temporary folder of this
+            machine
         sent: initial files of the run folders, if they are temporary
         options: options of `queue.train_runs`
         progress: callback for progress and messages
@@ -120,7 +121,7 @@ def train_group(
         AfterimageError: this machine computes other digests, since its version of afterimage differs
     """
     runs = list(configs.values())
-    if folder is not None and identify(root, runs[0]) != folder:
+    if folder is not None and folder_identity(root, runs[0]) != folder:
         return None
     if any(config.digest != digest for digest, config in configs.items()):
         raise AfterimageError(
@@ -129,7 +130,7 @@ def train_group(
     from afterimage.experiments.queue import train_runs
     from afterimage.runtime.process import Stopped
 
-    answer = Answer()
+    answer = GroupOutcome()
     left: list[Run] = []
     with contextlib.ExitStack() as stack:
         where = "in the shared folder"
@@ -171,7 +172,7 @@ def find_bound(
         names of the finished inversions, and the failures; None if this machine does not see the driver's folder
     """
     run = Run(Path(root, name))
-    if folder is None or not run.file("config.toml").exists() or identify(root, run.config) != folder:
+    if folder is None or not run.file("config.toml").exists() or folder_identity(root, run.config) != folder:
         return None
     from afterimage.experiments.study import find_bounds
 

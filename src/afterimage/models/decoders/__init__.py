@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from afterimage.config import AfterimageError, FeatureSpec, absolute_model, unknown
+from afterimage.config import AfterimageError, FeatureSpec, absolute_model, unknown_choice_error
 from afterimage.models.decoders.base import Decoder
 from afterimage.models.decoders.frequency import FrequencyDecoder
 from afterimage.models.decoders.linear import LinearDecoder
-from afterimage.models.decoders.own import DiffusersDecoder, OwnDecoder
+from afterimage.models.decoders.own import CustomDecoder, DiffusersDecoder
 from afterimage.models.decoders.residual import ResidualDecoder
 from afterimage.models.decoders.transposed import AttentionDecoder, TransposedDecoder
 from afterimage.models.decoders.wavelet import WaveletDecoder
@@ -37,10 +37,10 @@ DECODERS: dict[str, type[Decoder]] = {
 }
 """Decoder families by name."""
 
-FOREIGN: dict[str, type[OwnDecoder]] = {"python": OwnDecoder, "diffusers": DiffusersDecoder}
+EXTERNAL_DECODERS: dict[str, type[CustomDecoder]] = {"python": CustomDecoder, "diffusers": DiffusersDecoder}
 """Families of decoders from outside this package, which are named `PROVIDER/NAME`."""
 
-SPELLINGS = ("python/package.module:factory", "python/FILE.py:factory", "diffusers/ID_OR_FOLDER")
+EXTERNAL_NAME_FORMATS = ("python/package.module:factory", "python/FILE.py:factory", "diffusers/ID_OR_FOLDER")
 """Forms of such names, for error messages."""
 
 
@@ -48,14 +48,14 @@ def decoder_family(name: str) -> type[Decoder]:
     """Return the class of a decoder.
 
     Args:
-        name: a key of `DECODERS`, or a name in one of the forms of `SPELLINGS`
+        name: a key of `DECODERS`, or a name in one of the forms of `EXTERNAL_NAME_FORMATS`
 
     Raises:
         AfterimageError: there is no such decoder; the message lists the valid ones
     """
-    family = FOREIGN.get(name.partition("/")[0]) if "/" in name else DECODERS.get(name)
+    family = EXTERNAL_DECODERS.get(name.partition("/")[0]) if "/" in name else DECODERS.get(name)
     if family is None:
-        raise unknown("decoder", name, [*DECODERS, *SPELLINGS])
+        raise unknown_choice_error("decoder", name, [*DECODERS, *EXTERNAL_NAME_FORMATS])
     return family
 
 
@@ -66,7 +66,7 @@ def decoder_digest(name: str) -> str:
         AfterimageError: the file does not exist
     """
     family = decoder_family(name)
-    return family.digest(name) if issubclass(family, OwnDecoder) else ""
+    return family.digest(name) if issubclass(family, CustomDecoder) else ""
 
 
 def create_decoder(
@@ -81,7 +81,7 @@ def create_decoder(
     """Create a decoder for features of the given shapes.
 
     Args:
-        name: a key of `DECODERS`, or a name in one of the forms of `SPELLINGS`
+        name: a key of `DECODERS`, or a name in one of the forms of `EXTERNAL_NAME_FORMATS`
         specs: measured shapes of the features
         image_size: side of the images in pixels, or `(height, width)`
         seed: seed of the initial weights, which then depend on nothing else; None draws from torch's global
@@ -99,11 +99,11 @@ def create_decoder(
             images
     """
     cls = decoder_family(name)
-    is_own = issubclass(cls, OwnDecoder)
+    is_own = issubclass(cls, CustomDecoder)
     accepted = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options:
         if option not in accepted and not is_own:
-            raise unknown(f"option of the {name} decoder", option, accepted)
+            raise unknown_choice_error(f"option of the {name} decoder", option, accepted)
         if isinstance(options[option], int | float) and not abs(options[option]) <= MAX_OPTION:
             raise AfterimageError(
                 f"{option} of the {name} decoder must be at most {MAX_OPTION:,}, got {options[option]!r}"

@@ -17,7 +17,7 @@ from afterimage.config import AfterimageError, Axis, FeatureSpec
 FeatureCrop = tuple[int, int, int, int]
 """Top, left, height and width of a part of a feature map, in locations."""
 
-ROUNDED = 0.5
+MAX_ROUNDING = 0.5
 """Pixels by which cells may be moved to make the stride a whole number, and again for the start; decoders
 learn to compensate for it.
 """
@@ -27,7 +27,7 @@ learn to compensate for it.
 class Span:
     """The cells of a map along one axis of an image.
 
-    Stride and start are rounded to whole pixels if rounding the stride moves no cell by more than `ROUNDED`.
+    Stride and start are rounded to whole pixels if rounding the stride moves no cell by more than `MAX_ROUNDING`.
 
     Attributes:
         count: number of cells
@@ -71,15 +71,15 @@ class Span:
         start += min(-start, most) if start < 0 else -max(0.0, min(start, end - size, most))
         whole = round(stride)
         drift = (stride - whole) * count / 2
-        if whole < 1 or abs(drift) > ROUNDED:
+        if whole < 1 or abs(drift) > MAX_ROUNDING:
             found = cls(count, size, start, stride)
-            return even if max(abs(start), abs(found.end - size)) <= ROUNDED else found
+            return even if max(abs(start), abs(found.end - size)) <= MAX_ROUNDING else found
         near = {math.floor(start + drift), math.ceil(start + drift)}
         found = max(
             (
                 cls(count, size, float(place), float(whole))
                 for place in near
-                if abs(place - start - drift) <= ROUNDED
+                if abs(place - start - drift) <= MAX_ROUNDING
             ),
             key=lambda span: (min(span.end, size) - max(span.start, 0), -abs(span.start)),
         )
@@ -125,14 +125,18 @@ class Span:
         if self.whole:
             return canvas.narrow(dim, first - int(self.start), last - first)
         scale = self.pixels / (self.end - self.start)
-        return sample(canvas, [(x + 0.5 - self.start) * scale - 0.5 for x in range(first, last)], dim)
+        return interpolate_axis(
+            canvas, [(x + 0.5 - self.start) * scale - 0.5 for x in range(first, last)], dim
+        )
 
     def from_image(self, images: Tensor, dim: int) -> Tensor:
         """Sample the image along its axis `dim` at the canvas' pixels; outside, the outermost pixels are repeated."""
         if self.even:
             return images
         scale = (self.end - self.start) / self.pixels
-        return sample(images, [self.start + (x + 0.5) * scale - 0.5 for x in range(self.pixels)], dim)
+        return interpolate_axis(
+            images, [self.start + (x + 0.5) * scale - 0.5 for x in range(self.pixels)], dim
+        )
 
 
 class Canvas:
@@ -169,9 +173,9 @@ class Canvas:
         return all(span.whole and span.pixels % span.count == 0 for span in spans)
 
     def place(self, canvas: Float[Tensor, "batch c _ _"]) -> Float[Tensor, "batch c height width"]:
-        """Return the images of canvases `(B, C, h, w)`; `carry_on` fills in pixels outside all cells."""
+        """Return the images of canvases `(B, C, h, w)`; `extrapolate` fills in pixels outside all cells."""
         images = self.columns.to_image(self.rows.to_image(canvas, -2), -1)
-        return carry_on(images, (self.rows.inside, self.columns.inside), self.image_size)
+        return extrapolate(images, (self.rows.inside, self.columns.inside), self.image_size)
 
     def cut(self, images: Float[Tensor, "batch c height width"]) -> Float[Tensor, "batch c _ _"]:
         """Return the canvases of images; parts of cells outside the image repeat its outermost pixels."""
@@ -194,7 +198,7 @@ class Canvas:
         return tuple(within), tuple(pixels)
 
 
-def seen_box(
+def visible_box(
     specs: Sequence[FeatureSpec], image_size: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Find the rows and the columns of images that at least one of several maps sees.
@@ -217,7 +221,7 @@ def seen_box(
     return None if (rows[1] - rows[0], columns[1] - columns[0]) == tuple(image_size) else (rows, columns)
 
 
-def sample(maps: Tensor, at: list[float], dim: int) -> Tensor:
+def interpolate_axis(maps: Tensor, at: list[float], dim: int) -> Tensor:
     """Interpolate maps linearly at positions along an axis, in indices; beyond the ends lie the outermost values."""
     last = maps.shape[dim] - 1
     places = torch.tensor(at, dtype=torch.float64, device="cpu").clamp(0, last)
@@ -232,7 +236,7 @@ def sample(maps: Tensor, at: list[float], dim: int) -> Tensor:
     return one.lerp(two, share.to(maps.device).view(shape))
 
 
-def carry_on(
+def extrapolate(
     images: Float[Tensor, "batch c _ _"],
     inside: tuple[tuple[int, int], tuple[int, int]],
     size: tuple[int, int],
@@ -255,11 +259,11 @@ def carry_on(
     for dim, (first, last), length in ((-1, inside[1], size[1]), (-2, inside[0], size[0])):
         for after, missing in ((True, length - last), (False, first)):
             if missing:
-                images = _continued(images, missing, dim, after)
+                images = _extrapolate_axis(images, missing, dim, after)
     return images
 
 
-def _continued(images: Tensor, missing: int, dim: int, after: bool) -> Tensor:
+def _extrapolate_axis(images: Tensor, missing: int, dim: int, after: bool) -> Tensor:
     """Extrapolate by `missing` pixels along one axis, after the last pixels or before the first."""
     edge = images.select(dim, -1 if after else 0)
     steps = _harmonic(edge.shape[-1], missing).to(edge.device, torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, FeatureSpec
 from afterimage.models.decoders.base import Decoder
-from afterimage.models.layers.blocks import for_sums, pixel_shuffle, resize
+from afterimage.models.layers.blocks import pixel_shuffle, resize, to_float64_device
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 FEW_ROWS = 200
@@ -21,7 +21,7 @@ FEW_ROWS = 200
 
 PANELS = 6
 """Number of panels in which the upper half of X'X is summed."""
-JUDGED = 96
+RIDGE_OUTPUTS = 96
 """Approximate number of outputs on which a ridge is judged."""
 
 RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -76,7 +76,7 @@ class LinearDecoder(Decoder):
         self.bias = nn.Parameter(torch.zeros(self.outputs), requires_grad=False)
         self._kinds, self._present = self._cells()
         self._inside = (self._kinds >= 0).nonzero().flatten()
-        self._sums: dict[bool, list[_Sums]] = {}
+        self._sums: dict[bool, list[_NormalEquations]] = {}
 
     def _cells(self) -> tuple[Tensor, Tensor]:
         """Return the kind of each location's cell `(h w,)`, and the outputs of each kind `(kinds, 3 bh bw)`.
@@ -158,7 +158,7 @@ class LinearDecoder(Decoder):
 
     @torch.no_grad()
     def partial_fit(self, features: Sequence[Tensor], images: Tensor, *, validation: bool = False) -> None:
-        maps, images = for_sums(features[0]), for_sums(images)
+        maps, images = to_float64_device(features[0]), to_float64_device(images)
         b, c, h, w = maps.shape
         margin = self.kernel // 2
         rows = pad(maps.float(), margin).permute(0, 2, 3, 1).reshape(-1, c)
@@ -171,7 +171,7 @@ class LinearDecoder(Decoder):
         targets = self.blocks_of(images.float())[image, location]
         if validation not in self._sums:
             shift, scale = self._sums[False][0].frame if validation else self._frame(inputs)
-            self._sums[validation] = [_Sums(shift, scale, self.outputs) for _ in self._present]
+            self._sums[validation] = [_NormalEquations(shift, scale, self.outputs) for _ in self._present]
         if len(self._present) == 1:
             self._sums[validation][0].add(inputs, targets)
             return
@@ -209,7 +209,9 @@ class LinearDecoder(Decoder):
         rows = sum(float(sums.rows) for sums in train)
         ridge = None
         for outputs, kinds in self._groups():
-            fitted, judged = (_Sums.of([sums[kind] for kind in kinds], outputs) for sums in (train, judge))
+            fitted, judged = (
+                _NormalEquations.of([sums[kind] for kind in kinds], outputs) for sums in (train, judge)
+            )
             # The ridge is chosen once, on the outputs that most kinds of cells have.
             ridge = self._ridge(fitted, judged) if ridge is None else ridge
             solution = fitted.solve(ridge)
@@ -236,9 +238,9 @@ class LinearDecoder(Decoder):
         ]
         return sorted((g for g in groups if g[1]), key=lambda g: -len(g[1]))
 
-    def _ridge(self, train: _Sums, judge: _Sums) -> float:
+    def _ridge(self, train: _NormalEquations, judge: _NormalEquations) -> float:
         # A ridge is judged on every n-th output, which is as good as all outputs and much less work.
-        some = slice(None, None, max(1, train.xy.shape[1] // JUDGED))
+        some = slice(None, None, max(1, train.xy.shape[1] // RIDGE_OUTPUTS))
         errors: dict[float, float] = {}
 
         def best(ridges: Sequence[float]) -> float:
@@ -261,7 +263,7 @@ def pad(maps: Tensor, margin: int) -> Tensor:
     return F.pad(maps, (margin,) * 4, mode="replicate") if margin else maps
 
 
-class _Sums:
+class _NormalEquations:
     """The upper half of `X'X`, `X'Y` and the diagonal of `Y'Y`, with a column of ones in X for the bias.
 
     They are summed in float64, batch by batch.
@@ -276,7 +278,7 @@ class _Sums:
         self.rows = torch.zeros((), dtype=torch.float64, device=shift.device)
 
     @classmethod
-    def of(cls, parts: Sequence[_Sums], outputs: slice | Tensor) -> _Sums:
+    def of(cls, parts: Sequence[_NormalEquations], outputs: slice | Tensor) -> _NormalEquations:
         """Sum over kinds of cells for some outputs; for a slice (one kind), return that kind's sums."""
         if isinstance(outputs, slice):
             return parts[0]
@@ -308,7 +310,7 @@ class _Sums:
         self.yy += targets.square().sum(0)
         self.rows += len(x)
 
-    def whole(self) -> _Sums:
+    def whole(self) -> _NormalEquations:
         """Fill in the lower half of `X'X` and return the sums; call it once, after the last batch."""
         self.xx = self.xx.triu() + self.xx.triu(1).T
         return self

@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afterimage.config import AfterimageError, FeatureSpec, first_line, split_provider, split_source, unknown
-from afterimage.models.autoencoders import Autoencoder, FromLatents
+from afterimage.config import (
+    AfterimageError,
+    FeatureSpec,
+    first_line,
+    split_provider,
+    split_source,
+    unknown_choice_error,
+)
+from afterimage.models.autoencoders import Autoencoder, LatentDecoder
 from afterimage.models.decoders.base import Decoder
 from afterimage.models.factories import call_factory, source_digest
 
@@ -17,7 +24,7 @@ FAR, OFTEN = 0.1, 0.05
 """Distance from [0, 1] and share of the values from which a run's notes say that they were clamped."""
 
 
-class OwnDecoder(Decoder):
+class CustomDecoder(Decoder):
     """A user's module as a decoder, from a feature map `(B, C, h, w)` to images `(B, 3, H, W)`.
 
     The module's images have values in [0, 1], or in the range that its attribute `image_range` gives, for
@@ -63,7 +70,7 @@ class OwnDecoder(Decoder):
         """Call the factory with the features' shapes, the size of the images to return, and its options."""
         return call_factory(self.name, [self.spec], self.canvas.size, **options)
 
-    def train(self, mode: bool = True) -> OwnDecoder:
+    def train(self, mode: bool = True) -> CustomDecoder:
         """Switch to training mode, unless the module has no trainable parameters."""
         if mode:
             self._values = self._outside = 0
@@ -130,7 +137,7 @@ class OwnDecoder(Decoder):
             )
 
 
-class DiffusersDecoder(OwnDecoder):
+class DiffusersDecoder(CustomDecoder):
     """The decoder of an autoencoder of diffusers, a folder or a repository of the hub, used without training.
 
     Its one option is `raw`: true if the features are not normalised like the autoencoder's latents, so that
@@ -147,13 +154,13 @@ class DiffusersDecoder(OwnDecoder):
     def build(self, options: Mapping[str, Any]) -> nn.Module:
         for option in options:
             if option != "raw":
-                raise unknown(f"option of {self.name}", option, ("raw",))
+                raise unknown_choice_error(f"option of {self.name}", option, ("raw",))
         model, layer = split_source(self.spec.source)
         raw = options.get("raw", (split_provider(model)[0], layer) != ("diffusers", "latents"))
         if not isinstance(raw, bool):
             raise AfterimageError(f"raw of {self.name} must be true or false, got {raw!r}")
         found = Autoencoder.open(self.name)
-        return FromLatents(found.load(found.find_weights()), raw)
+        return LatentDecoder(found.load(found.find_weights()), raw)
 
 
 def _image_range(module: nn.Module, name: str) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from afterimage.config import FeatureSpec
 from afterimage.models.decoders.base import Decoder, FeatureCrop
 from afterimage.models.decoders.linear import LinearDecoder, pad
-from afterimage.models.layers.blocks import for_sums, pixel_shuffle, pixel_unshuffle, resize
+from afterimage.models.layers.blocks import pixel_shuffle, pixel_unshuffle, resize, to_float64_device
 from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 GAIN = 0.03
@@ -22,7 +22,7 @@ GAIN = 0.03
 and without this factor would damage the linear solution more than they improve it.
 """
 
-MOST_INPUTS = 1728
+MAX_LINEAR_INPUTS = 1728
 """Largest number of feature values from which the linear part predicts a location: 192 channels in 3x3."""
 
 ROWS_PER_INPUT = 200
@@ -42,17 +42,17 @@ are used, and number of locations around a window that they see. At 8x8 their ga
 and 16x16 it is not (docs/LOG.md).
 """
 
-RECENCY = 8
+EMA_EXPONENT = 8
 """Exponent of the weight average: after n steps, step i has a weight of about (i / n) ** RECENCY."""
 
-CONTRAST = 4
+PIXEL_SCALE = 4
 """Factor that brings pixels in [0, 1] to about the scale of standardised features."""
 
 
 class ResidualDecoder(Decoder):
     """Linear decoder fitted in closed form, plus a learned correction that starts at zero.
 
-    The linear part is `LinearDecoder` on the largest neighbourhood, up to 7x7, that `MOST_INPUTS` allows. The
+    The linear part is `LinearDecoder` on the largest neighbourhood, up to 7x7, that `MAX_LINEAR_INPUTS` allows. The
     correction reads the linear part's image and the features, standardised by channel means and deviations
     from the closed-form pass. It works on a grid with cells of 2x2 pixels: where one location yields many
     pixels, the linear image lacks edges, which the neighbouring pixels across the borders of blocks reveal. A
@@ -74,7 +74,7 @@ class ResidualDecoder(Decoder):
         trunk: number of residual blocks on the features' own grid; None takes `TRUNK` if a location yields
             8x8 pixels, else 0
         kernel: side in locations of the linear part's neighbourhood; None takes the largest that
-            `MOST_INPUTS` allows
+            `MAX_LINEAR_INPUTS` allows
         window: side in pixels of the training windows
     """
 
@@ -98,7 +98,7 @@ class ResidualDecoder(Decoder):
     ) -> None:
         super().__init__(specs, image_size)
         channels = self.spec.channels
-        kernel = kernel or next((k for k in (7, 5) if channels * k * k <= MOST_INPUTS), 3)
+        kernel = kernel or next((k for k in (7, 5) if channels * k * k <= MAX_LINEAR_INPUTS), 3)
         self.base = LinearDecoder(specs, image_size, kernel=kernel, rows_per_input=ROWS_PER_INPUT)
         self.window = tuple(max(2, round(window / side)) for side in self.base.block)
         self.register_buffer("mean", torch.zeros(channels))
@@ -138,7 +138,7 @@ class ResidualDecoder(Decoder):
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         self.steps += 1
-        self.average.lerp_(self._flat(), 1 - (1 - 1 / self.steps) ** (RECENCY + 1))
+        self.average.lerp_(self._flat(), 1 - (1 - 1 / self.steps) ** (EMA_EXPONENT + 1))
 
     def feature_crops(self, generator: torch.Generator) -> list[FeatureCrop | None]:
         """Draw random windows that cover the map's area about once.
@@ -163,7 +163,7 @@ class ResidualDecoder(Decoder):
     def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
         self._ranks = ranks
         # One tensor: the number of locations, then each channel's sum and sum of squares.
-        self._sums = for_sums(self.mean).new_zeros(1 + 2 * self.spec.channels, dtype=torch.float64)
+        self._sums = to_float64_device(self.mean).new_zeros(1 + 2 * self.spec.channels, dtype=torch.float64)
         return self.base.begin_fit(images, seed, ranks)
 
     @torch.no_grad()
@@ -172,7 +172,7 @@ class ResidualDecoder(Decoder):
         if not validation:
             # Sum in float64 from the start: far from zero the variance is a small difference of large
             # numbers.
-            maps = for_sums(features[0]).double()
+            maps = to_float64_device(features[0]).double()
             self._sums[0] += maps.numel() // maps.shape[1]
             self._sums[1:] += torch.cat([maps.sum((0, 2, 3)), maps.square().sum((0, 2, 3))])
 
@@ -210,12 +210,12 @@ class RefinementCNN(nn.Module):
             self.trunk = nn.Sequential(
                 nn.Conv2d(channels, 2 * width, kernel_size=3, padding=1),
                 *(ResidualBlock(2 * width) for _ in range(trunk)),
-                _zeroed(nn.Conv2d(2 * width, 3 * math.prod(block), kernel_size=3, padding=1)),
+                _zero_init(nn.Conv2d(2 * width, 3 * math.prod(block), kernel_size=3, padding=1)),
             )
         self.from_features = nn.Conv2d(channels, width * math.prod(self.cells), kernel_size=1)
         self.from_pixels = nn.Conv2d(inside, width, kernel_size=3, padding=1)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
-        self.head = _zeroed(nn.Conv2d(width, inside, kernel_size=3, padding=1))
+        self.head = _zero_init(nn.Conv2d(width, inside, kernel_size=3, padding=1))
 
     def forward(self, maps: Tensor, images: Tensor) -> Tensor:
         """Predict the correction, before scaling by `GAIN`.
@@ -231,7 +231,7 @@ class RefinementCNN(nn.Module):
         if self.trunk is not None:
             refined = self.trunk(maps.to(memory_format=torch.channels_last))
             missing = pixel_shuffle(_inner(refined, self.margin), self.block)
-        pixels = pixel_unshuffle(CONTRAST * (images + GAIN * missing - 0.5), self.cell)
+        pixels = pixel_unshuffle(PIXEL_SCALE * (images + GAIN * missing - 0.5), self.cell)
         pixels = self.from_pixels(pixels.to(memory_format=torch.channels_last))
         pixels = pixels + pixel_shuffle(self.from_features(inner), self.cells)
         return missing + pixel_shuffle(self.head(self.blocks(pixels)), self.cell)
@@ -243,13 +243,13 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(width, width, kernel_size=3, padding=1)
-        self.second = _zeroed(nn.Conv2d(width, width, kernel_size=3, padding=1))
+        self.second = _zero_init(nn.Conv2d(width, width, kernel_size=3, padding=1))
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps + self.second(F.silu(self.first(maps)))
 
 
-def _zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
+def _zero_init(convolution: nn.Conv2d) -> nn.Conv2d:
     nn.init.zeros_(convolution.weight)
     nn.init.zeros_(convolution.bias)
     return convolution

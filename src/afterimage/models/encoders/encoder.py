@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, size_pair, split_source
 from afterimage.models.encoders.providers import open_network
-from afterimage.models.encoders.providers.python import OwnNetwork
+from afterimage.models.encoders.providers.python import CustomNetwork
 from afterimage.models.encoders.tensor_layout import reorder
 from afterimage.models.encoders.tracing import Trace, trace
 from afterimage.models.weights import Weights, weight_notes
@@ -39,7 +39,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-class _Done(Exception):
+class _StopForward(Exception):
     """Exception that ends a forward pass once the deepest layer has run."""
 
 
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
 
     Args:
         source: `[provider/]model:layer`, or the model's name if `layers` is given, or an `nn.Module`, whose
-            attributes `mean`, `std` and `prefix_tokens` are used (see `OwnNetwork`)
+            attributes `mean`, `std` and `prefix_tokens` are used (see `CustomNetwork`)
         layers: names of the layers
         weights: `pretrained` (see `search_weights`), `random` (drawn from `seed`, with acting blocks, see
             `open_branches`), `random-init` (the same draw without opening branches), or the path of a file or
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
             layers = [layer]
         elif isinstance(layers, str) or not layers:
             raise AfterimageError(f"layers must be a list of one layer or more, got {layers!r}")
-        self.network = open_network(source) if isinstance(source, str) else OwnNetwork.of(source)
+        self.network = open_network(source) if isinstance(source, str) else CustomNetwork.of(source)
         self.model_name = self.network.name
         self.image_size = size_pair(image_size)
         # The trace of an `nn.Module` object is not cached, so that the cache does not keep the module alive.
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
         try:
             with (
                 torch.set_grad_enabled(self._gradients and torch.is_grad_enabled()),
-                contextlib.suppress(_Done),
+                contextlib.suppress(_StopForward),
             ):
                 # Not in place, so that a network that writes into its input cannot change the images.
                 inputs = normalise(images, self.mean, self.std)
@@ -199,7 +199,7 @@ class Encoder(nn.Module):
             raise AfterimageError(f"the network returned something else than before: {error}") from error
         if last:
             self._features[index] = feature
-            raise _Done
+            raise _StopForward
         self._features[index] = feature.clone()  # the network may change it in place later in this pass
 
     @torch.no_grad()

@@ -18,24 +18,33 @@ from torch.utils._pytree import tree_leaves
 
 from afterimage.models.encoders.positions import (
     Positions,
-    absent,
-    aliased,
-    anywhere,
-    chosen,
+    broadcast_positions,
     collapse,
     compress,
-    doubtful,
-    gathered,
-    joined,
-    of_image,
-    reduced,
+    concatenate_positions,
+    image_positions,
+    merge_elements,
+    merge_receptive_fields,
+    no_positions,
+    reduce_positions,
     reshape,
-    united,
+    select_centres,
+    unknown_positions,
+    view_positions,
 )
-from afterimage.models.encoders.sliding import Given, adapted, nth, padded, pooled, slid, spread, upsampled
+from afterimage.models.encoders.sliding import (
+    Arguments,
+    nth,
+    slide_window,
+    trace_adaptive_pool,
+    trace_padding,
+    trace_pool,
+    trace_transposed_convolution,
+    trace_upsampling,
+)
 
 
-class PositionFlow:
+class PositionTracer:
     """Positions of every tensor that depends on `images`, updated operation by operation.
 
     `needs_values` becomes true if elements were moved to indices that are values of a tensor: the meta device
@@ -50,7 +59,7 @@ class PositionFlow:
         self._alive: dict[int, StorageWeakRef] = {}
         self._steps = 0
         self.needs_values = False
-        self._set(images, of_image(*images.shape[-3:]).like(images.shape))
+        self._set(images, image_positions(*images.shape[-3:]).like(images.shape))
 
     def of(self, tensor: Tensor) -> Positions | None:
         """Return the positions of a tensor's elements; None for a tensor that does not depend on the image."""
@@ -59,7 +68,7 @@ class PositionFlow:
             return None
         place = _place(tensor)
         if place not in entry:
-            entry[place] = aliased(list(entry.items()), tensor)
+            entry[place] = view_positions(list(entry.items()), tensor)
         return entry[place]
 
     def restrided(self, tensor: Tensor) -> Positions:
@@ -81,10 +90,10 @@ class PositionFlow:
         made: list[Positions | None] = []
         if any(storage(tensor) in self._table for tensor in sources):
             try:
-                made = _followed(self, func, _bind(func, args, kwargs), results)
+                made = _trace(self, func, _bind(func, args, kwargs), results)
             except Exception:  # unexpected use of a known operation: treat it as unknown
                 known = [positions for tensor in sources if (positions := self.of(tensor)) is not None]
-                made = [doubtful(known, out.shape, func._schema.name) for out in results]
+                made = [unknown_positions(known, out.shape, func._schema.name) for out in results]
         elif func.is_view:
             return
         made += [None] * (len(results) - len(made))  # statistics and indices have no positions
@@ -111,11 +120,11 @@ class PositionFlow:
         if not entry or set(entry) == {place}:
             self._set(tensor, positions)
             return
-        positions = absent(tensor.shape) if positions is None else positions
+        positions = no_positions(tensor.shape) if positions is None else positions
         if entry.get(place) is not positions:
             for other in [other for other in entry if other != place]:
                 view = tensor.as_strided(*other)
-                entry[other] = aliased([(other, entry[other]), (place, positions)], view)
+                entry[other] = view_positions([(other, entry[other]), (place, positions)], view)
             entry[place] = positions
 
 
@@ -128,23 +137,23 @@ def _place(tensor: Tensor) -> tuple:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
-def _bind(func: Any, args: Any, kwargs: Any) -> Given:
+def _bind(func: Any, args: Any, kwargs: Any) -> Arguments:
     """Return an operation's arguments by name, defaults included."""
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     return {a.name: given.get(a.name, a.default_value) for a in func._schema.arguments}
 
 
-def _tensors(given: Given) -> list[Tensor]:
+def _tensors(given: Arguments) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(list(given.values())) if isinstance(leaf, Tensor)]
 
 
-def _dims(given: Given, tensor: Tensor) -> list[int]:
+def _dims(given: Arguments, tensor: Tensor) -> list[int]:
     dims = given.get("dim")
     dims = range(tensor.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     return [dim % tensor.ndim for dim in dims]
 
 
-def _normal_dims(given: Given, tensor: Tensor) -> Sequence[int]:
+def _normal_dims(given: Arguments, tensor: Tensor) -> Sequence[int]:
     return range(tensor.ndim - len(given["normalized_shape"]), tensor.ndim)
 
 
@@ -158,7 +167,7 @@ PRODUCTS = {
     "mv": ("self", "vec"), "addmv": ("mat", "vec"), "dot": ("self", "tensor"),
 }  # fmt: skip
 """Matrix products, with the names of their factors."""
-ALONG: dict[str, Callable[[Given, Tensor], Sequence[int]]] = {
+AXIS_MIXING: dict[str, Callable[[Arguments, Tensor], Sequence[int]]] = {
     "native_layer_norm": _normal_dims,
     "_fused_rms_norm": _normal_dims,
     "native_group_norm": lambda given, tensor: range(1, tensor.ndim),
@@ -186,7 +195,9 @@ ELEMENTWISE = {
 """Operations that are pointwise although the dispatcher does not mark them as such."""
 
 
-def _followed(flow: PositionFlow, func: Any, given: Given, results: list[Tensor]) -> list[Positions | None]:
+def _trace(
+    flow: PositionTracer, func: Any, given: Arguments, results: list[Tensor]
+) -> list[Positions | None]:
     """Return the positions of an operation's results.
 
     Raises:
@@ -197,109 +208,119 @@ def _followed(flow: PositionFlow, func: Any, given: Given, results: list[Tensor]
     first = next(iter(given.values()))
     source = flow.of(first) if isinstance(first, Tensor) and name != "as_strided" else None
     if name in PRODUCTS:
-        return [_multiplied(flow, name, given, out.shape)]
+        return [_trace_matmul(flow, name, given, out.shape)]
     if name == "convolution":
-        return [_convolved(flow, given, out.shape)]
+        return [_trace_convolution(flow, given, out.shape)]
     if name in ("cat", "stack"):
-        return [_concatenated(flow, name, given)]
+        return [_trace_concatenation(flow, name, given)]
     if name in ("copy", "fill", "zero"):
         written = flow.of(given["src"]) if name == "copy" else None
-        return [None if written is None else gathered([written], out.shape)]
+        return [None if written is None else broadcast_positions([written], out.shape)]
     if name == "as_strided":
         return [flow.restrided(out) if func._schema.is_mutable else flow.of(out)]
     if torch.Tag.pointwise in func.tags or name in ELEMENTWISE:
         operands = [found for tensor in _tensors(given) if (found := flow.of(tensor)) is not None]
-        return [gathered(operands, out.shape)]
+        return [broadcast_positions(operands, out.shape)]
     if source is None:
         raise NotImplementedError(name)
     if name in RESHAPES:
         return [source.map(out.shape, lambda t: reshape(t, source.shape, tuple(out.shape)))]
     if name in REDUCTIONS:
-        return [reduced(source, _dims(given, first), keepdim=bool(given.get("keepdim")))]
-    if name in ALONG:
-        return [_reaching(source, ALONG[name](given, first))]
+        return [reduce_positions(source, _dims(given, first), keepdim=bool(given.get("keepdim")))]
+    if name in AXIS_MIXING:
+        return [_widen_receptive_field(source, AXIS_MIXING[name](given, first))]
     if name in RECURRENT:
-        return [_reaching(reduced(source, [out.ndim - 1], keepdim=True).like(out.shape), range(out.ndim))]
+        return [
+            _widen_receptive_field(
+                reduce_positions(source, [out.ndim - 1], keepdim=True).like(out.shape), range(out.ndim)
+            )
+        ]
     if name in POOLS:
-        return [pooled(source, name, given, out.shape)]
+        return [trace_pool(source, name, given, out.shape)]
     if "adaptive" in name and "pool" in name:
-        return [adapted(source, out.shape, axes=int(name[name.index("pool") + 4]))]
+        return [trace_adaptive_pool(source, out.shape, axes=int(name[name.index("pool") + 4]))]
     if name.startswith(("upsample_", "_upsample_")):
-        return [upsampled(source, given, out.shape)]
+        return [trace_upsampling(source, given, out.shape)]
     if name in PADS:
-        found = padded(source, given.get("pad") or given["padding"])
+        found = trace_padding(source, given.get("pad") or given["padding"])
         if name == "constant_pad_nd":
             return [found]
-        (repeated,) = _moved(source, func, given, results)  # padding repeats pixels, but not centres
+        (repeated,) = _trace_move(source, func, given, results)  # padding repeats pixels, but not centres
         return [replace(found, reach=repeated.reach)]
     if name == "im2col":
         (height, width), given["padding"] = given["padding"], [0, 0]
-        return _moved(padded(source, [width, width, height, height]), func, given, results)
+        return _trace_move(trace_padding(source, [width, width, height, height]), func, given, results)
     if func.is_view or name in MOVES:
         others = _tensors(given)[1:]
         flow.needs_values |= any(other.is_meta for other in others)
         if flow.needs_values or any(flow.of(other) is not None for other in others):
             raise NotImplementedError("where elements move to is not known")
-        return _moved(source, func, given, results)
+        return _trace_move(source, func, given, results)
     raise NotImplementedError(name)
 
 
-def _multiplied(flow: PositionFlow, name: str, given: Given, shape: Sequence[int]) -> Positions:
+def _trace_matmul(flow: PositionTracer, name: str, given: Arguments, shape: Sequence[int]) -> Positions:
     """Follow a matrix product: the centres of each factor are averaged along the summed axis."""
     keepdim, operands = len(shape) > 1, []
     for key, axis in zip(PRODUCTS[name], (-1, -2), strict=True):
         factor = flow.of(given[key])
         if factor is not None:
             dim = max(len(factor.shape) + axis, 0)
-            operands.append(reduced(factor, [dim], keepdim=keepdim).like(shape))
+            operands.append(reduce_positions(factor, [dim], keepdim=keepdim).like(shape))
     added = flow.of(given["self"]) if name.startswith(("add", "badd")) else None
-    return gathered([*operands, *([] if added is None else [added])], shape)
+    return broadcast_positions([*operands, *([] if added is None else [added])], shape)
 
 
-def _reaching(source: Positions, dims: Sequence[int]) -> Positions:
+def _widen_receptive_field(source: Positions, dims: Sequence[int]) -> Positions:
     """Return positions with the same centres whose elements depend on all others along `dims`."""
-    return replace(source, reach=united([*source.reach, *collapse(source.reach, dims)])) if dims else source
+    return (
+        replace(source, reach=merge_receptive_fields([*source.reach, *collapse(source.reach, dims)]))
+        if dims
+        else source
+    )
 
 
-def _convolved(flow: PositionFlow, given: Given, shape: Sequence[int]) -> Positions:
+def _trace_convolution(flow: PositionTracer, given: Arguments, shape: Sequence[int]) -> Positions:
     source, weight = flow.of(given["input"]), given["weight"]
     operands = []
     if source is not None:
         groups, spatial = given["groups"], source.shape[2:]
         split = (source.shape[0], groups, source.shape[1] // groups, *spatial)
         found = source.map(split, lambda t: reshape(t, source.shape, split))
-        found = reduced(found, [2], keepdim=False, step=1.0)
+        found = reduce_positions(found, [2], keepdim=False, step=1.0)
         found = found.map(
             (shape[0], shape[1], *spatial),
             lambda t: t if t.shape[1] == 1 else t.repeat_interleave(shape[1] // groups, 1),
         )
         for axis in range(len(spatial)):
             options = [nth(given[key], axis) for key in ("stride", "padding", "dilation")]
-            move = spread if given["transposed"] else slid
+            move = trace_transposed_convolution if given["transposed"] else slide_window
             found = move(found, 2 + axis, shape[2 + axis], weight.shape[2 + axis], *options)
         operands.append(found)
     dynamic = flow.of(weight)
     if dynamic is not None:  # weights computed from the image have no position in it
-        reach = tuple(anywhere(arrays, shape) for arrays in dynamic.reach)
+        reach = tuple(merge_elements(arrays, shape) for arrays in dynamic.reach)
         operands.append(Positions(tuple(shape), (), reach, dynamic.doubts))
-    return gathered(operands, shape)
+    return broadcast_positions(operands, shape)
 
 
-def _concatenated(flow: PositionFlow, name: str, given: Given) -> Positions:
+def _trace_concatenation(flow: PositionTracer, name: str, given: Arguments) -> Positions:
     found = []
     for tensor in given["tensors"]:
         if tuple(tensor.shape) == (0,):  # an empty tensor, which may be joined to anything
             continue
-        positions = flow.of(tensor) or absent(tensor.shape)
+        positions = flow.of(tensor) or no_positions(tensor.shape)
         if name == "stack":
             dim = given["dim"] % (tensor.ndim + 1)
             shape = (*tensor.shape[:dim], 1, *tensor.shape[dim:])
             positions = positions.map(shape, lambda t, dim=dim: t.unsqueeze(dim))
         found.append(positions)
-    return joined(found, given["dim"] % len(found[0].shape))
+    return concatenate_positions(found, given["dim"] % len(found[0].shape))
 
 
-def _moved(source: Positions, func: Any, given: Given, results: list[Tensor]) -> list[Positions | None]:
+def _trace_move(
+    source: Positions, func: Any, given: Arguments, results: list[Tensor]
+) -> list[Positions | None]:
     """Follow an operation that only moves elements, by running it on the arrays of positions."""
     arguments = func._schema.arguments
     # Rolls and flips change nothing along axes on which an array is constant.
@@ -319,8 +340,8 @@ def _moved(source: Positions, func: Any, given: Given, results: list[Tensor]) ->
     return [
         Positions(
             tuple(out.shape),
-            chosen([tuple(array[number] for array in arrays) for arrays in parts]),
-            united([tuple(array[number] for array in arrays) for arrays in reach]),
+            select_centres([tuple(array[number] for array in arrays) for arrays in parts]),
+            merge_receptive_fields([tuple(array[number] for array in arrays) for arrays in reach]),
             source.doubts,
         )
         for number, out in enumerate(results)

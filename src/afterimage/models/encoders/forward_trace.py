@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from afterimage.models.encoders.follow import PositionFlow, storage
+from afterimage.models.encoders.follow import PositionTracer, storage
 from afterimage.models.encoders.positions import Positions
-from afterimage.models.encoders.tensor_layout import Key, Refused, Shapes, reorder, tensors
+from afterimage.models.encoders.tensor_layout import Key, NotAFeatureMap, Shapes, reorder, tensors
 
 _ATEN = torch.ops.aten
 _FACTORS = {  # indices of the arguments that multiply features
@@ -79,7 +79,7 @@ class ForwardTrace(TorchDispatchMode):
     def __init__(self, model: nn.Module, images: Tensor, *, follow: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.flow = PositionFlow(images) if follow else None
+        self.flow = PositionTracer(images) if follow else None
         self.events: dict[str, ModuleCall] = {}
         self.first_read: dict[int, int] = {}
         self.factors: set[str] = set()
@@ -144,7 +144,7 @@ class ForwardTrace(TorchDispatchMode):
         try:
             roll = reorder(self.model, path)
             output = roll(output) if roll else output
-        except Refused as reason:
+        except NotAFeatureMap as reason:
             refused = str(reason)
         found = [(key, tensor) for key, tensor in tensors(output) if storage(tensor) in self._seen]
         if not found and not refused:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from afterimage.config import Axis
-from afterimage.models.encoders.positions import Positions, averaged, compress
-from afterimage.models.encoders.tensor_layout import Layout, Refused, Size
+from afterimage.models.encoders.positions import Positions, average_centres, compress
+from afterimage.models.encoders.tensor_layout import Layout, NotAFeatureMap, Size
 from afterimage.runs.results import FeatureMap
 
 OUTPUT = "output"
@@ -29,7 +29,7 @@ to compensate for this.
 """
 DRIFT = 0.125
 """Locations by which the shifts at the two ends of a map may differ while the map still counts as even."""
-GRAIN = 1024
+STEPS_PER_PIXEL = 1024
 """Steps per pixel to which starts and strides are rounded, so that they are the same on every machine."""
 
 
@@ -96,7 +96,7 @@ def find_placement(
     try:
         if positions is None or not positions.parts or all(part[2].isinf().all() for part in positions.parts):
             doubts = sorted(positions.doubts) if positions is not None else []
-            raise Refused(
+            raise NotAFeatureMap(
                 f"what {', '.join(doubts)} does to places is not known" if doubts else "it has no place"
             )
         centres = _over_channels(positions, layout)
@@ -104,7 +104,7 @@ def find_placement(
         top, left, bottom, right = (int(min(values).item()) for values in zip(*reach, strict=True))
         rows = _axis(centres[0], layout.height, size[0], top, -bottom)
         columns = _axis(centres[1].T, layout.width, size[1], left, -right)
-    except Refused as reason:
+    except NotAFeatureMap as reason:
         unknown = (
             f"where its locations lie in the image is not known ({reason}); it is taken to be divided evenly"
         )
@@ -124,7 +124,10 @@ def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor
     Raises:
         Refused: the centres of a location lie far apart
     """
-    parts = [averaged(tuple(_map(array, positions, layout) for array in part), 1) for part in positions.parts]
+    parts = [
+        average_centres(tuple(_map(array, positions, layout) for array in part), 1)
+        for part in positions.parts
+    ]
     least = min(part[2].min().item() for part in parts)
     parts = [part for part in parts if part[2].min().item() == least]
     cells = (layout.height, layout.width)
@@ -133,7 +136,7 @@ def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor
         several = torch.stack([part[axis][0, 0].expand(cells) for part in parts])
         spread, steps = several.amax(0) - several.amin(0), several[0].diff(dim=axis)
         if len(parts) > 1 and (spread > steps.median() if steps.numel() else spread > 0).any():
-            raise Refused("each of its locations brings several places together")
+            raise NotAFeatureMap("each of its locations brings several places together")
         centres.append(compress(several.mean(0)))
     return centres[0], centres[1]
 
@@ -148,13 +151,13 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
     if count == 1:
         return None if sees_all else Axis(float(first), float(last - first), first, last)
     if (centres.amax(1) - centres.amin(1)).max() > SHIFT * size / count:
-        raise Refused("its rows or columns are not straight")
+        raise NotAFeatureMap("its rows or columns are not straight")
     line = centres.expand(count, -1)[:, centres.shape[1] // 2]
     steps = line.diff()
     if line[0] == line[-1]:
-        raise Refused("each of its locations is made of the whole image alike")
+        raise NotAFeatureMap("each of its locations is made of the whole image alike")
     if (steps < 0).any():
-        raise Refused("its rows or columns are not in the image's order")
+        raise NotAFeatureMap("its rows or columns are not in the image's order")
     index = torch.arange(count, dtype=torch.float64, device="cpu")
     mean = index.mean()
     # Most steps equal the stride except at the border of an interpolation; if steps alternate, only their
@@ -167,8 +170,8 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
     errors = [(line - origin - index * stride).abs() for stride, origin in fits]
     best = min(range(2), key=lambda number: errors[number].median().item())
     if errors[best].quantile(0.75) > SHIFT * max(fits[best][0], steps.max()):
-        raise Refused("its locations are not evenly spaced")
-    stride, origin = (round(value.item() * GRAIN) / GRAIN for value in fits[best])
+        raise NotAFeatureMap("its locations are not evenly spaced")
+    stride, origin = (round(value.item() * STEPS_PER_PIXEL) / STEPS_PER_PIXEL for value in fits[best])
     start = origin - stride / 2
     drift = (count * stride - size) / stride
     shift = abs(start + count * stride / 2 - size / 2) / stride
@@ -267,7 +270,7 @@ def layers_by_role(
     return found
 
 
-def stages(
+def select_listed_layers(
     model: nn.Module, layers: Mapping[str, TracedLayer], named: Collection[str], depth: int = 4
 ) -> list[str]:
     """Choose the layers worth listing.

@@ -23,13 +23,13 @@ Arrays = tuple[Tensor, ...]
 
 GRAIN = 2.0**16
 """Steps per pixel to which centres are rounded, so that rounding errors never make equal centres differ."""
-WIDE = 2.0**20
+GLOBAL_MIX_COUNT = 2.0**20
 """Count added to `mixed` for mixing along a whole axis (a window adds 1); above any number of windows."""
-VIRTUAL = 2.0**40
+PADDING_MIX_COUNT = 2.0**40
 """Count added to `mixed` for elements in padding, which have a position but depend on no pixel yet."""
 MOST_PARTS = 4
 """Number of alternative centres of one kind that are kept; beyond it, two are averaged."""
-BLANKS = {"parts": (0.0, 0.0, math.inf), "reach": (math.inf,) * 4}
+EMPTY_VALUES = {"parts": (0.0, 0.0, math.inf), "reach": (math.inf,) * 4}
 """Values for elements without a centre (`parts`) or that depend on no pixel (`reach`)."""
 
 
@@ -64,7 +64,7 @@ class Positions:
         return replace(self, shape=tuple(shape))
 
 
-def of_image(channels: int, height: int, width: int) -> Positions:
+def image_positions(channels: int, height: int, width: int) -> Positions:
     """Return the positions of an image's pixels `(1, channels, height, width)`, each at its own centre."""
     y = torch.arange(height, dtype=torch.float64, device="cpu").reshape(1, 1, -1, 1)
     x = torch.arange(width, dtype=torch.float64, device="cpu").reshape(1, 1, 1, -1)
@@ -72,21 +72,26 @@ def of_image(channels: int, height: int, width: int) -> Positions:
     return Positions((1, channels, height, width), ((y + 0.5, x + 0.5, never),), ((y, x, -y - 1, -x - 1),))
 
 
-def absent(shape: Sequence[int]) -> Positions:
+def no_positions(shape: Sequence[int]) -> Positions:
     """Return the positions of a tensor of `shape` that does not depend on the image."""
     return Positions(tuple(shape), (), ())
 
 
-def doubtful(sources: Sequence[Positions], shape: Sequence[int], operation: str) -> Positions:
+def unknown_positions(sources: Sequence[Positions], shape: Sequence[int], operation: str) -> Positions:
     """Return the positions of the result of an operation that could not be followed.
 
     The result has no centres and depends on everything that its sources depend on.
     """
     doubts = frozenset({operation}).union(*(source.doubts for source in sources))
-    return Positions(tuple(shape), (), united([anywhere(r, shape) for s in sources for r in s.reach]), doubts)
+    return Positions(
+        tuple(shape),
+        (),
+        merge_receptive_fields([merge_elements(r, shape) for s in sources for r in s.reach]),
+        doubts,
+    )
 
 
-def anywhere(reach: Arrays, shape: Sequence[int]) -> Arrays:
+def merge_elements(reach: Arrays, shape: Sequence[int]) -> Arrays:
     """Return one reach for all elements of a tensor of `shape`, from the reach of each element of another."""
     return tuple(array.amin().reshape((1,) * len(shape)) for array in reach)
 
@@ -141,7 +146,7 @@ def _groups(old: Shape, new: Shape) -> list[tuple[range, range]]:
     return groups
 
 
-def averaged(part: Arrays, dim: int, step: float = 1.0) -> Arrays:
+def average_centres(part: Arrays, dim: int, step: float = 1.0) -> Arrays:
     """Average centres along an axis.
 
     Args:
@@ -169,27 +174,34 @@ def averaged(part: Arrays, dim: int, step: float = 1.0) -> Arrays:
     return (*map(compress, centres), compress(least + step * differs))
 
 
-def reduced(source: Positions, dims: Sequence[int], *, keepdim: bool, step: float = WIDE) -> Positions:
+def reduce_positions(
+    source: Positions, dims: Sequence[int], *, keepdim: bool, step: float = GLOBAL_MIX_COUNT
+) -> Positions:
     """Return the positions of a tensor that is summed, averaged or otherwise reduced.
 
     Args:
         source: positions of the operand
         dims: the reduced axes
         keepdim: whether these axes stay, with size 1
-        step: see `averaged`
+        step: see `average_centres`
     """
     parts = list(source.parts)
     for dim in dims:
-        parts = [averaged(part, dim, step) for part in parts]
+        parts = [average_centres(part, dim, step) for part in parts]
     shape = [1 if dim in dims else size for dim, size in enumerate(source.shape)]
-    found = Positions(tuple(shape), chosen(parts), united(collapse(source.reach, dims)), source.doubts)
+    found = Positions(
+        tuple(shape),
+        select_centres(parts),
+        merge_receptive_fields(collapse(source.reach, dims)),
+        source.doubts,
+    )
     if keepdim:
         return found
     kept = [dim for dim in range(len(shape)) if dim not in dims]
     return found.map([shape[dim] for dim in kept], lambda t: t.reshape([t.shape[dim] for dim in kept]))
 
 
-def gathered(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
+def broadcast_positions(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
     """Return the positions of a tensor whose elements depend on one element of every operand, as broadcast."""
     lifted = [
         operand.map(shape, lambda array: array.reshape((1,) * (len(shape) - array.ndim) + tuple(array.shape)))
@@ -199,13 +211,13 @@ def gathered(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
         return lifted[0]
     return Positions(
         tuple(shape),
-        chosen([arrays for operand in lifted for arrays in operand.parts]),
-        united([arrays for operand in lifted for arrays in operand.reach]),
+        select_centres([arrays for operand in lifted for arrays in operand.parts]),
+        merge_receptive_fields([arrays for operand in lifted for arrays in operand.reach]),
         frozenset().union(*(operand.doubts for operand in lifted)),
     )
 
 
-def joined(found: Sequence[Positions], dim: int) -> Positions:
+def concatenate_positions(found: Sequence[Positions], dim: int) -> Positions:
     """Return the positions of tensors that are concatenated along an axis."""
 
     def join(arrays: Sequence[Tensor], blank: float) -> Tensor:
@@ -222,7 +234,7 @@ def joined(found: Sequence[Positions], dim: int) -> Positions:
     return _combined(found, (*first[:dim], length, *first[dim + 1 :]), join)
 
 
-def aliased(sources: Sequence[tuple[tuple, Positions]], view: Tensor) -> Positions:
+def view_positions(sources: Sequence[tuple[tuple, Positions]], view: Tensor) -> Positions:
     """Return the positions of a view from those of other views of the same memory.
 
     Args:
@@ -247,7 +259,7 @@ def _combined(
 
     def arrays(name: str, number: int) -> Arrays:
         result = []
-        for index, blank in enumerate(BLANKS[name]):
+        for index, blank in enumerate(EMPTY_VALUES[name]):
             own = []
             for positions in sources:
                 group = getattr(positions, name)
@@ -258,13 +270,13 @@ def _combined(
 
     parts, reach = (
         [arrays(name, number) for number in range(max(len(getattr(source, name)) for source in sources))]
-        for name in BLANKS
+        for name in EMPTY_VALUES
     )
     doubts = frozenset().union(*(source.doubts for source in sources))
-    return Positions(shape, chosen(parts), united(reach), doubts)
+    return Positions(shape, select_centres(parts), merge_receptive_fields(reach), doubts)
 
 
-def united(reach: Sequence[Arrays]) -> tuple[Arrays, ...]:
+def merge_receptive_fields(reach: Sequence[Arrays]) -> tuple[Arrays, ...]:
     """Combine reaches that count together: one for each set of axes along which they vary."""
     found: dict[frozenset[int], Arrays] = {}
     for arrays in reach:
@@ -275,7 +287,7 @@ def united(reach: Sequence[Arrays]) -> tuple[Arrays, ...]:
     return tuple(found.values())
 
 
-def chosen(parts: Sequence[Arrays]) -> tuple[Arrays, ...]:
+def select_centres(parts: Sequence[Arrays]) -> tuple[Arrays, ...]:
     """Reduce alternative centres to those that vary along most axes, and of equal ones to the less mixed."""
     found: dict[frozenset[int], list[Arrays]] = {}
     for arrays in parts:

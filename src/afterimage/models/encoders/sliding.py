@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from afterimage.models.encoders.positions import (
-    VIRTUAL,
-    WIDE,
+    GLOBAL_MIX_COUNT,
+    PADDING_MIX_COUNT,
     Positions,
-    absent,
-    averaged,
-    chosen,
+    average_centres,
     collapse,
     compress,
-    joined,
-    reduced,
+    concatenate_positions,
+    merge_receptive_fields,
+    no_positions,
+    reduce_positions,
     rounded,
-    united,
+    select_centres,
 )
 
-Given = dict[str, Any]
+Arguments = dict[str, Any]
 """An operation's arguments by name."""
 
 
@@ -32,7 +32,7 @@ def nth(values: Sequence[int], axis: int) -> int:
     return values[axis] if len(values) > 1 else values[0]
 
 
-def slid(
+def slide_window(
     source: Positions, dim: int, out: int, kernel: int, stride: int, padding: int, dilation: int = 1
 ) -> Positions:
     """Follow windows along one axis, as in a convolution or a pool.
@@ -49,22 +49,22 @@ def slid(
     for y, x, mixed in source.parts:
         windows = [_windows(array, dim, indices, size, "line") for array in (y, x)]
         orders = _real_if_any(_windows(mixed, dim, indices, size, "edge"))
-        part = averaged((*windows, orders), -1)
+        part = average_centres((*windows, orders), -1)
         parts.append(tuple(compress(array.squeeze(-1)) for array in part))
     reach = [
         tuple(compress(_windows(array, dim, indices, size, "none").amin(-1)) for array in arrays)
         for arrays in source.reach
     ]
     shape = [out if axis == dim else length for axis, length in enumerate(source.shape)]
-    return Positions(tuple(shape), chosen(parts), united(reach), source.doubts)
+    return Positions(tuple(shape), select_centres(parts), merge_receptive_fields(reach), source.doubts)
 
 
 def _real_if_any(mixed: Tensor) -> Tensor:
     """Count padding in a window like the window's other elements, if there are any."""
-    virtual = (mixed >= VIRTUAL) & mixed.isfinite()
+    virtual = (mixed >= PADDING_MIX_COUNT) & mixed.isfinite()
     if not bool(virtual.any()):
         return mixed
-    return torch.where(virtual & ~virtual.all(-1, keepdim=True), mixed - VIRTUAL, mixed)
+    return torch.where(virtual & ~virtual.all(-1, keepdim=True), mixed - PADDING_MIX_COUNT, mixed)
 
 
 def _windows(array: Tensor, dim: int, indices: Tensor, size: int, outside: str) -> Tensor:
@@ -87,7 +87,7 @@ def _windows(array: Tensor, dim: int, indices: Tensor, size: int, outside: str) 
     return found.movedim(-2, dim)
 
 
-def spread(
+def trace_transposed_convolution(
     source: Positions, dim: int, out: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> Positions:
     """Follow a transposed convolution along one axis: outputs are centred between their inputs."""
@@ -111,10 +111,15 @@ def _resampled(source: Positions, dim: int, where: Tensor) -> Positions:
         least = mixed.amin(dim, keepdim=True) + (y.shape[dim] > 1 or x.shape[dim] > 1)
         parts.append((between(y), between(x), least))
     shape = [len(where) if axis == dim else length for axis, length in enumerate(source.shape)]
-    return Positions(tuple(shape), chosen(parts), united(collapse(source.reach, [dim])), source.doubts)
+    return Positions(
+        tuple(shape),
+        select_centres(parts),
+        merge_receptive_fields(collapse(source.reach, [dim])),
+        source.doubts,
+    )
 
 
-def pooled(source: Positions, name: str, given: Given, shape: Sequence[int]) -> Positions:
+def trace_pool(source: Positions, name: str, given: Arguments, shape: Sequence[int]) -> Positions:
     axes = int(name[name.index("pool") + 4])
     kernel = given["kernel_size"]
     options = {"kernel": kernel, "stride": kernel, "padding": [0], "dilation": [1]}
@@ -122,26 +127,28 @@ def pooled(source: Positions, name: str, given: Given, shape: Sequence[int]) -> 
     for axis in range(axes):
         dim = len(shape) - axes + axis
         one = {key: nth(values, axis) for key, values in options.items()}
-        source = slid(source, dim, shape[dim], **one)
+        source = slide_window(source, dim, shape[dim], **one)
     return source
 
 
-def adapted(source: Positions, shape: Sequence[int], axes: int) -> Positions:
+def trace_adaptive_pool(source: Positions, shape: Sequence[int], axes: int) -> Positions:
     """Follow an adaptive pool, whose windows cover an axis as evenly as whole numbers allow."""
     for dim in range(len(shape) - axes, len(shape)):
         before, after = source.shape[dim], shape[dim]
         starts = [index * before // after for index in range(after)]
         ends = [-(-(index + 1) * before // after) for index in range(after)]
-        step = 1.0 if after > 1 else WIDE
+        step = 1.0 if after > 1 else GLOBAL_MIX_COUNT
         pieces = [
-            reduced(slid(source, dim, end - start, 1, 1, -start), [dim], keepdim=True, step=step)
+            reduce_positions(
+                slide_window(source, dim, end - start, 1, 1, -start), [dim], keepdim=True, step=step
+            )
             for start, end in zip(starts, ends, strict=True)
         ]
-        source = joined(pieces, dim)
+        source = concatenate_positions(pieces, dim)
     return source
 
 
-def upsampled(source: Positions, given: Given, shape: Sequence[int]) -> Positions:
+def trace_upsampling(source: Positions, given: Arguments, shape: Sequence[int]) -> Positions:
     """Follow an interpolation to another size: centres lie on the line through their neighbours."""
     factors = given.get("scale_factors") or [given.get(f"scales_{axis}") for axis in "dhw"]
     for dim in range(2, len(shape)):
@@ -156,21 +163,21 @@ def upsampled(source: Positions, given: Given, shape: Sequence[int]) -> Position
     return source
 
 
-def padded(source: Positions, pad: Sequence[int]) -> Positions:
+def trace_padding(source: Positions, pad: Sequence[int]) -> Positions:
     """Follow padding, which continues a line of centres, and has no centres if they are not on a line."""
     for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
         dim = len(source.shape) - 1 - number
         size = source.shape[dim]
         if size > 1 and all(_is_line(array, dim) for part in source.parts for array in part[:2]):
-            source = slid(source, dim, before + size + after, 1, 1, before)
+            source = slide_window(source, dim, before + size + after, 1, 1, before)
             index = torch.arange(source.shape[dim], device="cpu") - before
             outside = (index < 0) | (index >= size)
             outside = outside.reshape([-1 if axis == dim else 1 for axis in range(len(source.shape))])
             parts = []
             for y, x, mixed in source.parts:
                 if not y.shape[dim] == x.shape[dim] == 1:
-                    # Count elements in padding as mixed by `VIRTUAL`, unless they already are.
-                    virtual = torch.where(mixed < VIRTUAL, mixed + VIRTUAL, mixed)
+                    # Count elements in padding as mixed by `PADDING_MIX_COUNT`, unless they already are.
+                    virtual = torch.where(mixed < PADDING_MIX_COUNT, mixed + PADDING_MIX_COUNT, mixed)
                     mixed = compress(torch.where(outside, virtual, mixed))
                 parts.append((y, x, mixed))
             source = replace(source, parts=tuple(parts))
@@ -178,8 +185,8 @@ def padded(source: Positions, pad: Sequence[int]) -> Positions:
         lengths = [
             [count if axis == dim else n for axis, n in enumerate(source.shape)] for count in (before, after)
         ]
-        pieces = [absent(lengths[0]), source, absent(lengths[1])]
-        source = joined([piece for piece in pieces if piece.shape[dim]], dim)
+        pieces = [no_positions(lengths[0]), source, no_positions(lengths[1])]
+        source = concatenate_positions([piece for piece in pieces if piece.shape[dim]], dim)
     return source
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afterimage.models.encoders.positions import WIDE, Positions
+from afterimage.models.encoders.positions import GLOBAL_MIX_COUNT, Positions
 
-COARSEST = 128
+MAX_REDUCTION = 128
 """Largest reduction of a feature map; a single location for an image of ordinary size is the result of
 pooling."""
 ROUND = 64
@@ -30,7 +30,7 @@ Key = tuple[int | str, ...]
 Shapes = list[tuple[Key, Shape]]
 
 
-class Refused(Exception):
+class NotAFeatureMap(Exception):
     """Error for a module output that is not a feature map; the message gives the reason."""
 
 
@@ -59,7 +59,7 @@ class Layout:
     def __call__(self, output: Any) -> Tensor:
         """Return the feature map `(B, C, h, w)` of a module's output, as a view if possible."""
         for step in self.key:
-            output = items(output)[step]
+            output = output_items(output)[step]
         if self.axes == "NC":
             return output[:, :, None, None]
         if self.axes == "NHWC":
@@ -79,10 +79,10 @@ def tensors(output: Any, key: Key = ()) -> list[tuple[Key, Tensor]]:
     """
     if isinstance(output, Tensor):
         return [(key, output)]
-    return [found for step, item in items(output).items() for found in tensors(item, (*key, step))]
+    return [found for step, item in output_items(output).items() for found in tensors(item, (*key, step))]
 
 
-def items(output: Any) -> dict[int | str, Any]:
+def output_items(output: Any) -> dict[int | str, Any]:
     """Return the items of an output by key, index or field name; empty if it has none."""
     if isinstance(output, Mapping):
         return dict(output)
@@ -116,7 +116,9 @@ def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
     stem, _, index = path.rpartition(".")
     if stem == "blocks" and index.isdigit():
         return functools.partial(model.reroll.forward, block_idx=int(index))
-    raise Refused("its tokens are not in raster order; take patch_embed or a whole block, blocks.0 and on")
+    raise NotAFeatureMap(
+        "its tokens are not in raster order; take patch_embed or a whole block, blocks.0 and on"
+    )
 
 
 def find_vector(first: Shapes, second: Shapes) -> Layout | None:
@@ -160,30 +162,34 @@ def find_layout(
     for key, shape in first:
         try:
             if key not in later:
-                raise Refused("what it returns changes with the image's size")
-            seen = _seen(key, shape, positions.get(key)) if _is_batch(shape, later[key]) else None
+                raise NotAFeatureMap("what it returns changes with the image's size")
+            seen = (
+                _layout_from_positions(key, shape, positions.get(key))
+                if _is_batch(shape, later[key])
+                else None
+            )
             found[seen or _layout(key, shape, later[key], sizes, prefix, prefers_nhwc)] = None
-        except Refused as reason:
+        except NotAFeatureMap as reason:
             reasons[f"{'x'.join(map(str, shape)) or 'a single number'}: {reason}"] = None
     if len(found) == 1:
         return next(iter(found))
     if found:
         maps = ", ".join(f"{layout.channels}x{layout.height}x{layout.width}" for layout in found)
-        raise Refused(
+        raise NotAFeatureMap(
             f"it returns {len(found)} feature maps ({maps}); take a module inside it that returns one"
         )
-    raise Refused("; ".join(reasons))
+    raise NotAFeatureMap("; ".join(reasons))
 
 
 def _layout(
     key: Key, shape: Shape, later: Shape, sizes: tuple[Size, Size], prefix: int | None, prefers_nhwc: bool
 ) -> Layout:
     if not shape:
-        raise Refused("it has no axis of the batch")
+        raise NotAFeatureMap("it has no axis of the batch")
     if not _is_batch(shape, later):
-        raise Refused("its first axis is not the batch (windows, or a table)")
+        raise NotAFeatureMap("its first axis is not the batch (windows, or a table)")
     if len(shape) == 2:
-        raise Refused("a vector has no locations")
+        raise NotAFeatureMap("a vector has no locations")
     both, found = (shape, later), []
     if len(shape) == 4:
         for axes, channel, row, column in (("NCHW", 1, 2, 3), ("NHWC", 3, 1, 2)):
@@ -193,7 +199,7 @@ def _layout(
         if prefers_nhwc:
             found.reverse()
     if len(shape) == 3 and sizes[0] == sizes[1] and prefix is None:
-        raise Refused(
+        raise NotAFeatureMap(
             "which of its tokens lie where in the image cannot be measured, and their number does not tell"
         )
     if len(shape) == 3:
@@ -202,7 +208,7 @@ def _layout(
             if shape[channel] == later[channel] and all(grids) and _grows(grids, sizes):
                 found.append(Layout(axes, shape[channel], *grids[0], prefix=skipped, key=key))
     if not found:
-        raise Refused(
+        raise NotAFeatureMap(
             "no axes of it grow with the image's height and width as a map's, or a grid of tokens, do"
         )
     return found[0]
@@ -212,7 +218,7 @@ def _is_batch(shape: Shape, later: Shape) -> bool:
     return len(shape) == len(later) and (shape[:1], later[:1]) == ((1,), (2,))
 
 
-def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
+def _layout_from_positions(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
     """Find the layout of tokens from their positions in the image; None if positions do not decide it.
 
     Raises:
@@ -232,7 +238,9 @@ def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
         return None
     (axis,) = varies
     y, x, mixed = (array.select(2 - axis, 0) for array in min(parts, key=lambda part: part[2].min().item()))
-    own = mixed < mixed.min() + WIDE / 2  # other tokens, such as class tokens, are mixed over the whole image
+    own = (
+        mixed < mixed.min() + GLOBAL_MIX_COUNT / 2
+    )  # other tokens, such as class tokens, are mixed over the whole image
     y, x = ((array * ROUND).round() for array in (y, x))
     rows, columns = y[own].unique(), x[own].unique()
     indices = own.nonzero().flatten()
@@ -245,7 +253,7 @@ def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
         or grid is None
         or not torch.equal(grid.reshape(-1, 2), torch.stack([y[own], x[own]], 1))
     ):
-        raise Refused("its tokens are not in raster order")
+        raise NotAFeatureMap("its tokens are not in raster order")
     return Layout(
         "NLC" if axis == 1 else "NCL",
         shape[3 - axis],
@@ -260,12 +268,12 @@ def _seen(key: Key, shape: Shape, positions: Positions | None) -> Layout | None:
 def _is_grid(grid: Size, size: Size) -> bool:
     """Return whether a grid has the image's aspect ratio, up to the effects of padding.
 
-    A grid with a reduction above `COARSEST` is the result of pooling and is rejected.
+    A grid with a reduction above `MAX_REDUCTION` is the result of pooling and is rejected.
     """
     if not all(grid) or (size[0] == size[1] and grid[0] != grid[1]):
         return False
     reduction = math.sqrt(math.prod(size) / math.prod(grid))
-    return reduction <= COARSEST and all(
+    return reduction <= MAX_REDUCTION and all(
         abs(g - s / reduction) <= max(1.5, 0.1 * g) for g, s in zip(grid, size, strict=True)
     )
 

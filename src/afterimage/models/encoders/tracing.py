@@ -13,18 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from afterimage.config import AfterimageError, size_pair, split_source, unknown
+from afterimage.config import AfterimageError, size_pair, split_source, unknown_choice_error
 from afterimage.models.encoders.forward_trace import ForwardTrace, storage
 from afterimage.models.encoders.layers import (
     OUTPUT,
     ROLES,
     TracedLayer,
     layers_by_role,
-    stages,
+    select_listed_layers,
 )
 from afterimage.models.encoders.providers import open_network
-from afterimage.models.encoders.providers.base import Blank, Network, open_branches, seeded
-from afterimage.models.encoders.tensor_layout import Refused, Shapes, Size, find_layout, find_vector
+from afterimage.models.encoders.providers.base import Network, SkipInit, open_branches, seeded
+from afterimage.models.encoders.tensor_layout import NotAFeatureMap, Shapes, Size, find_layout, find_vector
 from afterimage.runs.results import FeatureMap
 
 
@@ -51,14 +51,14 @@ class Trace:
     def __init__(self, network: Network, image_size: Size) -> None:
         self.network, self.image_size = network, image_size
         try:
-            model = _blank(network, image_size)
+            model = _build_without_weights(network, image_size)
         except Exception as error:
             raise cannot_run(network, image_size, f"{type(error).__name__}: {error}") from error
         first = ForwardTrace(model, _images(network, model, 1, image_size), follow=True)
         if (first.failure or first.flow.needs_values) and _device(model) == "meta":
-            model = _blank(network, image_size, "cpu")
+            model = _build_without_weights(network, image_size, "cpu")
             first = ForwardTrace(model, _images(network, model, 1, image_size), follow=True)
-        second, later_size = _observe_again(network, model, image_size, first)
+        second, later_size = _trace_other_size(network, model, image_size, first)
         self._later = {path: event.shapes for path, event in second.events.items()}
         self._sizes = image_size, later_size
         self._events, self.failure = first.events, first.failure
@@ -70,14 +70,14 @@ class Trace:
         self.layers: dict[str, TracedLayer] = {}
         self.vectors: dict[str, TracedLayer] = {}
         for path in self._events:
-            with contextlib.suppress(Refused):
+            with contextlib.suppress(NotAFeatureMap):
                 found = self._find(path)
                 (self.vectors if found.is_vector else self.layers)[path] = found
-        self._stages = stages(model, self.layers, set(self.aliases.values()) - {""})
+        self._stages = select_listed_layers(model, self.layers, set(self.aliases.values()) - {""})
         self.named: dict[str, TracedLayer] = {}
         if not self.failure:
             pooler = None
-            with contextlib.suppress(Refused):
+            with contextlib.suppress(NotAFeatureMap):
                 pooler = self._find("", ("pooler_output",))
             self.named = layers_by_role(model, self.layers, self.vectors, pooler)
 
@@ -88,28 +88,30 @@ class Trace:
             Refused: it is neither a feature map nor a vector
         """
         if path not in self._events:
-            raise Refused("it does not run as a module of its own")
+            raise NotAFeatureMap("it does not run as a module of its own")
         event = self._events[path]
         if event.refused:
-            raise Refused(event.refused)
+            raise NotAFeatureMap(event.refused)
         if event.runs > 1:
-            raise Refused(f"it runs {event.runs} times in one pass, so that its output is not one thing")
+            raise NotAFeatureMap(
+                f"it runs {event.runs} times in one pass, so that its output is not one thing"
+            )
         if path not in self._later:
-            raise Refused("it does not run on images of every size")
+            raise NotAFeatureMap("it does not run on images of every size")
         shapes, later = (
             [(key, shape) for key, shape in found if [str(step) for step in key[: len(keys)]] == list(keys)]
             for found in (event.shapes, self._later[path])
         )
         if keys and not shapes:
-            raise Refused(f"nothing it returns is called {_bracketed(keys)}")
+            raise NotAFeatureMap(f"nothing it returns is called {_bracketed(keys)}")
         positions, is_vector = None, False
         try:
             layout = find_layout(shapes, later, self._sizes, self._prefix, self._nhwc, event.positions)
             positions = event.positions[layout.key]
-        except Refused as reason:
+        except NotAFeatureMap as reason:
             layout, is_vector = find_vector(shapes, later), True
             if layout is None:
-                raise Refused(f"{reason}{self._hint(path, shapes)}") from None
+                raise NotAFeatureMap(f"{reason}{self._hint(path, shapes)}") from None
         total = sum(count for clock, _, count in self.reads if clock <= event.clock)
         return TracedLayer(path, layout, event.order, event.clock, total, event.macs, is_vector, positions)
 
@@ -145,10 +147,12 @@ class Trace:
             )
         if path not in self.modules and path not in self.named:
             valid = dict.fromkeys([*self.names, *self.by_order, *self.named, OUTPUT])
-            raise unknown(f"layer of {model}", name, valid, limit=min(40, max(12, len(self.names))))
+            raise unknown_choice_error(
+                f"layer of {model}", name, valid, limit=min(40, max(12, len(self.names)))
+            )
         try:
             return self._find(path, keys) if path in self.modules else self.named[path]
-        except Refused as reason:
+        except NotAFeatureMap as reason:
             if path not in self._events and self.failure:
                 raise cannot_run(self.network, self.image_size, self.failure) from None
             raise AfterimageError(
@@ -247,13 +251,13 @@ def _bracketed(keys: Sequence[int | str]) -> str:
     return "".join(f"[{key}]" for key in keys)
 
 
-def _blank(network: Network, image_size: Size, device: str = "meta") -> nn.Module:
+def _build_without_weights(network: Network, image_size: Size, device: str = "meta") -> nn.Module:
     """Build the model without weights, and without storage if that is possible and fast.
 
     Some models, and some versions of timm, cannot be built on the meta device. Recurrent networks are not run
     on it either, because it unrolls them far too slowly.
     """
-    with seeded(0), Blank():
+    with seeded(0), SkipInit():
         if device == "meta":
             with contextlib.suppress(Exception):
                 model = network.create(image_size, device="meta")
@@ -270,7 +274,7 @@ def _images(network: Network, model: nn.Module, count: int, size: Size) -> torch
     return torch.zeros(count, network.channels, *size, device=_device(model))
 
 
-def _observe_again(
+def _trace_other_size(
     network: Network, model: nn.Module, size: Size, first: ForwardTrace
 ) -> tuple[ForwardTrace, Size]:
     """Observe the model on two images that are wider, larger, or of the same size.
@@ -282,7 +286,7 @@ def _observe_again(
         candidate = model
         if network.has_fixed_size and other != size:
             try:
-                candidate = _blank(network, other, _device(model))
+                candidate = _build_without_weights(network, other, _device(model))
             except Exception:
                 continue
         second = ForwardTrace(candidate, _images(network, candidate, 2, other))

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from afterimage.models.layers.blocks import log2_scale
 
-NARROW = 8
+MAX_HEAD_CHANNELS = 8
 """Largest number of channels of a head for which the compiled kernel is faster than PyTorch's on a CPU."""
-FEW = 512
+MIN_KEYS = 512
 """Number of keys below which the compiled kernel saves no time."""
-LARGEST = 60.0
+MAX_SCORE_BOUND = 60.0
 """Largest bound of the scores, as a power of two, for which subtracting the bound cannot underflow."""
 
 
@@ -40,10 +40,16 @@ def attend(
         `(B, heads, n, d)`
     """
     single = q.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if q.device.type == "cpu" and q.numel() and single and q.shape[-1] <= NARROW and k.shape[-2] >= FEW:
+    if (
+        q.device.type == "cpu"
+        and q.numel()
+        and single
+        and q.shape[-1] <= MAX_HEAD_CHANNELS
+        and k.shape[-2] >= MIN_KEYS
+    ):
         kernel = compiled_attention()[0]
         exact = q.float(), k.float(), v.float()
-        if kernel is not None and float((bound := _bound(*exact[:2])).max()) <= LARGEST:
+        if kernel is not None and float((bound := _bound(*exact[:2])).max()) <= MAX_SCORE_BOUND:
             return kernel.apply(*exact, bound).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v)
 

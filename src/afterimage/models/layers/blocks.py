@@ -36,7 +36,7 @@ def clamp(images: Tensor) -> Tensor:
     return _Clamp.apply(images)
 
 
-def for_sums(tensor: Tensor) -> Tensor:
+def to_float64_device(tensor: Tensor) -> Tensor:
     """Move a tensor to a device that has float64: from an Apple GPU, which lacks it, to the CPU."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
@@ -138,9 +138,9 @@ def adapt_batch_norms(module: nn.Module, ranks: ProcessGroup = SINGLE_PROCESS) -
             if type(child) in (
                 nn.BatchNorm2d,
                 BatchNorm,
-                RanksBatchNorm,
+                DistributedBatchNorm,
             ):  # subclasses may do more than normalise
-                setattr(parent, name, (BatchNorm if ranks.count == 1 else RanksBatchNorm)(child, ranks))
+                setattr(parent, name, (BatchNorm if ranks.count == 1 else DistributedBatchNorm)(child, ranks))
     return [child for child in module.modules() if isinstance(child, BatchNorm)]
 
 
@@ -170,7 +170,7 @@ class BatchNorm(nn.BatchNorm2d):
         )
 
 
-class RanksBatchNorm(BatchNorm):
+class DistributedBatchNorm(BatchNorm):
     """`BatchNorm` over the images `(B, C, h, w)` of all ranks, some of which may have none (B = 0)."""
 
     def forward(self, maps: Tensor) -> Tensor:

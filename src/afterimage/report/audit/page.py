@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from afterimage.config.audit import LimitsConfig
-from afterimage.evaluation.intervals import NAME
+from afterimage.evaluation.intervals import INTERVAL_NAME
 from afterimage.report.audit.verdict import (
+    INCONCLUSIVE,
     LEAKS,
-    OPEN,
     SEVERITY,
     SSIM_SEEN,
     UTILITY,
@@ -26,9 +26,9 @@ from afterimage.report.audit.verdict import (
     Option,
     Verdict,
     attacker_text,
+    highest_identification,
     interval_status,
-    likeness,
-    strongest,
+    ssim_intervals,
 )
 from afterimage.report.figures.style import (
     MUTED,
@@ -37,29 +37,29 @@ from afterimage.report.figures.style import (
     encoder_styles,
     error_bars,
     grid_lines,
-    key,
     legend,
+    legend_entry,
     log_x,
     render,
     style,
 )
 from afterimage.report.page.images import data_uri
 from afterimage.report.page.page import page_environment
-from afterimage.report.rows import grouped
-from afterimage.runs.audit import BLIND, DISTANCES, SIDE, Results
+from afterimage.report.rows import group_by
+from afterimage.runs.audit import COMPARISON_SIDE, DISTANCES, NO_FEATURES_ATTACKER, AuditResults
 from afterimage.runs.files import read_image, write_atomic, write_json
 from afterimage.runs.results import Interval
 from afterimage.runs.run import Run
 
 TEMPLATES = Path(__file__).with_name("templates")
 SHOWN = 3
-MARKS = {WITHIN: "good", OPEN: "open", LEAKS: "bad"}
-IMAGE = 168
+MARKS = {WITHIN: "good", INCONCLUSIVE: "open", LEAKS: "bad"}
+IMAGE_SIDE = 168
 """Longer side of images on the page, in pixels."""
 
 
 def write_audit(
-    results: Results, verdict: Verdict, limits: LimitsConfig, root: str | Path, *, command: str = ""
+    results: AuditResults, verdict: Verdict, limits: LimitsConfig, root: str | Path, *, command: str = ""
 ) -> dict[str, Path]:
     """Write `audit.json`, the page `index.html` and the curve `privacy-utility.png` and `.svg`.
 
@@ -110,8 +110,8 @@ def write_audit(
         albums=_albums(results, root),
         figure=figure,
         distances=DISTANCES,
-        side=SIDE,
-        blind_name=BLIND,
+        side=COMPARISON_SIDE,
+        blind_name=NO_FEATURES_ATTACKER,
         utility_names=UTILITY,
         within=WITHIN,
         has_limits=bool(limits),
@@ -130,25 +130,25 @@ DOES_NOT_SHOW = (
 )
 
 
-def _table(results: Results, limits: LimitsConfig) -> list[dict[str, Any]]:
+def _table(results: AuditResults, limits: LimitsConfig) -> list[dict[str, Any]]:
     """Make one row for each attacker, with the costs of its layer and defence."""
     rows = []
     for row in results.rows:
-        distance, found = strongest(row)
+        distance, found = highest_identification(row)
         cost = results.costs[row.layer, row.defence]
-        status = [interval_status(interval, limits.max_ssim) for interval in likeness(row).values()]
+        status = [interval_status(interval, limits.max_ssim) for interval in ssim_intervals(row).values()]
         mark = max(status, key=SEVERITY.index)
         rows.append(vars(row) | {"found": found, "distance": distance, "cost": cost, "mark": mark})
     return rows
 
 
-def _albums(results: Results, root: Path) -> list[dict[str, Any]]:
+def _albums(results: AuditResults, root: Path) -> list[dict[str, Any]]:
     """Return for each layer the first test images and, by defence, the answers of best mean SSIM."""
     albums = []
-    for layer, rows in grouped(results.rows, lambda row: row.layer).items():
+    for layer, rows in group_by(results.rows, lambda row: row.layer).items():
         best = {
             defence: max(own, key=lambda row: row.scores["ssim"].estimate)
-            for defence, own in grouped(rows, lambda row: row.defence).items()
+            for defence, own in group_by(rows, lambda row: row.defence).items()
         }
         stored = {defence: Run(root / row.folder).images[:SHOWN] for defence, row in best.items()}
         originals = next((images for images in stored.values() if images), [])
@@ -165,7 +165,7 @@ def _encoded(paths: Iterable[Path]) -> list[str]:
     uris = []
     for path in paths:
         image = read_image(path)
-        image.thumbnail((IMAGE, IMAGE))
+        image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "WEBP", quality=85)
         uris.append(data_uri(buffer.getvalue(), "image/webp"))
@@ -219,20 +219,21 @@ def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: st
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(-0.03, 1.03)
         axes.set_ylabel(f"{label} (less is safer)")
-        axes.set_xlabel(_across(kinds))
+        axes.set_xlabel(_x_label(kinds))
         if not kinds:
             log_x(axes, lambda value: f"{value / 1000:g} kB", most=6)
             axes.margins(x=0.1)
         grid_lines(axes)
-    handles = [key(drawable(name, 30), color=style.color, lw=3) for name, style in layers.items()]
+    handles = [legend_entry(drawable(name, 30), color=style.color, lw=3) for name, style in layers.items()]
     handles += [
-        key(drawable(name, 30), color=MUTED, marker=m, mfc="none", ls="none") for name, m in markers.items()
+        legend_entry(drawable(name, 30), color=MUTED, marker=m, mfc="none", ls="none")
+        for name, m in markers.items()
     ]
     legend(figure, handles, columns=4)
     caption = (
         f"{subject}: what the strongest attacker measured gets from each layer (colour) behind each defence (marker), "
-        f"against {_across(kinds)}. Bars are {NAME}s of means and exact ones of shares; the dotted line is chance"
-        + (", the dashed line the limit." if limits else ".")
+        f"against {_x_label(kinds)}. Bars are {INTERVAL_NAME}s of means and exact ones of shares; the "
+        "dotted line is chance" + (", the dashed line the limit." if limits else ".")
     )
     if seen := dict.fromkeys(option.layer for option in shown if option.ssim.by == SSIM_SEEN):
         caption += f" SSIM is that of the part that is seen for {', '.join(seen)}."
@@ -253,7 +254,7 @@ def _point(axes: Axes, option: Option, leak: Leak, color: str, marker: str) -> N
     )  # fmt: skip
 
 
-def _across(kinds: set[str]) -> str:
+def _x_label(kinds: set[str]) -> str:
     if not kinds:
         return "bytes sent an image (log scale)"
     return " or ".join(UTILITY[kind] for kind in sorted(kinds))

@@ -10,11 +10,11 @@ import numpy as np
 
 from afterimage.config.audit import LimitsConfig
 from afterimage.evaluation.intervals import share_interval
-from afterimage.report.rows import grouped
+from afterimage.report.rows import group_by
 from afterimage.runs.results import Attacker, AttackFacts, Interval
 
-WITHIN, OPEN, LEAKS = "within limits", "not shown to be safe", "leaks"
-SEVERITY = (WITHIN, OPEN, LEAKS)
+WITHIN, INCONCLUSIVE, LEAKS = "within limits", "not shown to be safe", "leaks"
+SEVERITY = (WITHIN, INCONCLUSIVE, LEAKS)
 UTILITY = {"classes": "same top-1 prediction", "embedding": "cosine of the embedding"}
 """Measures that compare the network with and without the defence, by the kind of its final output."""
 SCOPE = (
@@ -25,15 +25,15 @@ SCOPE = (
 """Statement of scope in every verdict, whether it passed, failed or had no limits."""
 SSIM, SSIM_SEEN = "SSIM", "SSIM of what is seen"
 """Names of the two SSIMs of a layer whose locations do not see the whole image; the higher one counts."""
-ENOUGH = 0.9
+MIN_UTILITY = 0.9
 """Share of the network's own answers to keep for a recommendation where no limits are set."""
 
 
 def interval_status(interval: Interval | Leak, limit: float | None) -> str:
-    """Compare an interval with a limit: return `WITHIN` (also without a limit), `OPEN` or `LEAKS`."""
+    """Compare an interval with a limit: return `WITHIN` (also without a limit), `INCONCLUSIVE` or `LEAKS`."""
     if limit is None or interval.high <= limit:
         return WITHIN
-    return LEAKS if interval.low > limit else OPEN
+    return LEAKS if interval.low > limit else INCONCLUSIVE
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Option:
     """One layer behind one defence, with the scores of its strongest attackers.
 
     `chance` is the share of images that guessing would identify, `cost` a result of `measure_cost`, `status` `WITHIN`,
-    `OPEN` or `LEAKS`; `reasons` say what is not within the limits.
+    `INCONCLUSIVE` or `LEAKS`; `reasons` say what is not within the limits.
     """
 
     layer: str
@@ -103,12 +103,12 @@ def attacker_text(attacker: Attacker) -> str:
     )
 
 
-def strongest(row: AttackFacts) -> tuple[str, Interval]:
+def highest_identification(row: AttackFacts) -> tuple[str, Interval]:
     """Return the distance by which most reconstructions found their original, and the share that did."""
     return max(row.identification.items(), key=lambda item: item[1].high)
 
 
-def likeness(row: AttackFacts) -> dict[str, Interval]:
+def ssim_intervals(row: AttackFacts) -> dict[str, Interval]:
     """Return intervals of the mean SSIM: of whole images, and of the part that is seen if that is not all."""
     part = row.scores_seen["ssim"] if row.scores_seen else None
     return {SSIM: row.scores["ssim"]} | ({} if part is None else {SSIM_SEEN: part})
@@ -138,7 +138,7 @@ def judge(
         failures: descriptions of what could not be measured
         unmeasured: layers and defences for which an attacker could not be measured; never within limits
     """
-    attacks = grouped(rows, lambda row: (row.layer, row.defence))
+    attacks = group_by(rows, lambda row: (row.layer, row.defence))
     options = [
         _option(_attainable(key, attacks), cost, limits, key not in unmeasured)
         for key, cost in costs.items()
@@ -170,7 +170,7 @@ def _option(
     rows: Sequence[AttackFacts], cost: Mapping[str, Any], limits: LimitsConfig, complete: bool
 ) -> Option:
     first = rows[0]
-    ssim = _worst([(row, likeness(row)) for row in rows], limits.max_ssim, first.defence)
+    ssim = _worst([(row, ssim_intervals(row)) for row in rows], limits.max_ssim, first.defence)
     found = _worst([(row, row.identification) for row in rows], limits.max_identification, first.defence)
     statuses, reasons = [], []
     for name, leak, limit in (
@@ -184,8 +184,8 @@ def _option(
                 f"{name} {leak.text(limit)} against a limit of {limit:g}, {leak.attacker}: {status}"
             )
     if not complete:
-        statuses.append(OPEN)
-        reasons.append(f"an attacker could not be measured: {OPEN}")
+        statuses.append(INCONCLUSIVE)
+        reasons.append(f"an attacker could not be measured: {INCONCLUSIVE}")
     status = max(statuses, key=SEVERITY.index)
     return Option(first.layer, first.defence, ssim, found, first.chance, cost, status, tuple(reasons))
 
@@ -221,9 +221,9 @@ def _recommend(options: Sequence[Option], limits: LimitsConfig) -> tuple[Option 
     least_text = f"{least.layer} with {least.defence} leaks least{aside}"
     safe = [option for option in unshuffled if option.status == WITHIN]
     known = [option for option in (safe if limits else unshuffled) if option.utility is not None]
-    keeps = f"{ENOUGH:.0%} of the network's own answers"
+    keeps = f"{MIN_UTILITY:.0%} of the network's own answers"
     if not limits:
-        enough = [option for option in known if option.utility >= ENOUGH and option.status == WITHIN]
+        enough = [option for option in known if option.utility >= MIN_UTILITY and option.status == WITHIN]
         if enough:
             best = min(enough, key=lambda o: (o.identification.high, o.ssim.high, o.cost["bytes"]))
             return best, f"no limits were set: it leaks least of what keeps {keeps}"
@@ -258,7 +258,7 @@ def _remarks(
             )
             break
     if limits.max_identification is not None:
-        for count in sorted({strongest(row)[1].count for row in rows}):
+        for count in sorted({highest_identification(row)[1].count for row in rows}):
             least = share_interval(np.zeros(count, bool)).high
             if least > limits.max_identification:
                 remarks.append(
@@ -273,7 +273,7 @@ def _remarks(
         )
     floor = max((row.scores["ssim"].estimate for row in blind), default=0.0)
     for row in rows:
-        found, ssim = strongest(row)[1], row.scores["ssim"].estimate
+        found, ssim = highest_identification(row)[1], row.scores["ssim"].estimate
         if row.defence == "none" and found.low <= row.chance and ssim <= floor:
             remarks.append(
                 f"{row.layer}, undefended: {attacker_text(row.attacker)} got no more than one without features; "

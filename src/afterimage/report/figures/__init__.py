@@ -6,22 +6,22 @@ from collections.abc import Iterator
 from functools import partial
 
 from afterimage.config import AfterimageError
-from afterimage.report.figures.controls import controls, rate, what_is_lost
+from afterimage.report.figures.controls import controls, error_breakdown, rate
 from afterimage.report.figures.curves import saturation, training_curves
-from afterimage.report.figures.depth import kept_by_depth, quality_by_depth
+from afterimage.report.figures.depth import bound_by_depth, quality_by_depth
 from afterimage.report.figures.distribution import distributions
 from afterimage.report.figures.fusion import fusion_weights
-from afterimage.report.figures.image_grid import grid, kept, own_images, pages
+from afterimage.report.figures.image_grid import bound_images, grid, own_images, pages
 from afterimage.report.figures.scatter import quality_by_locations, quality_by_parameters
 from afterimage.report.figures.style import Drawing, render, style
 from afterimage.report.rows import Rows
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 __all__ = ["UNDRAWABLE", "Drawing", "draw", "own_images", "render", "style"]
 
-UNDRAWABLE = (AfterimageError, ArithmeticError, ValueError)
+DRAWING_ERRORS = (AfterimageError, ArithmeticError, ValueError)
 """Errors of images that cannot be read, and of matplotlib for numbers that no axis can show."""
-BEFORE_GRIDS = (kept, kept_by_depth, quality_by_depth)
+BEFORE_GRIDS = (bound_images, bound_by_depth, quality_by_depth)
 AFTER_GRIDS = (
     fusion_weights,
     quality_by_locations,
@@ -30,13 +30,15 @@ AFTER_GRIDS = (
     distributions,
     saturation,
     controls,
-    what_is_lost,
+    error_breakdown,
     rate,
 )
 """Functions that draw the figures of rows, in the order of a report, with the grids of images in between."""
 
 
-def draw(rows: Rows, progress: Progress = silent, problems: list[str] | None = None) -> Iterator[Drawing]:
+def draw(
+    rows: Rows, progress: Progress = no_progress, problems: list[str] | None = None
+) -> Iterator[Drawing]:
     """Draw every figure for which the rows have data, one at a time, as figures are large.
 
     Args:
@@ -57,7 +59,7 @@ def draw(rows: Rows, progress: Progress = silent, problems: list[str] | None = N
         try:
             with style():
                 drawings = job()
-        except UNDRAWABLE as error:
+        except DRAWING_ERRORS as error:
             if problems is None:
                 raise
             problems.append(f"The figure of {name} could not be drawn: {error}")

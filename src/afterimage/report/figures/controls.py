@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from afterimage.config import split_source
-from afterimage.evaluation.intervals import NAME
+from afterimage.evaluation.intervals import INTERVAL_NAME
 from afterimage.report.controls import Part, curve_of, decoder, read_parts, share_lost
 from afterimage.report.figures.style import (
     INK,
@@ -23,12 +23,12 @@ from afterimage.report.figures.style import (
     drawable,
     error_bars,
     grid_lines,
-    key,
     legend,
+    legend_entry,
 )
 from afterimage.report.format import significant
-from afterimage.report.rows import Row, Rows, grouped, mean_over_images, short_encoders
-from afterimage.runs.controls import PLANES, REGIONS, STAND_INS
+from afterimage.report.rows import Row, Rows, group_by, mean_over_images, short_encoders
+from afterimage.runs.controls import ABLATIONS, PLANES, REGIONS
 
 CONTROL_LOOKS = {
     "own": ("#000000", "o"), "another": ("#D55E00", "s"), "shuffled": ("#56B4E9", "D"),
@@ -64,11 +64,11 @@ def controls(rows: Rows) -> list[Drawing]:
     left.set_xlabel("PSNR (dB) against the image")
     right.set_xlabel("distance of features / their norm")
     right.set_xlim(left=0)
-    names = {"own": "its own features", **STAND_INS}
+    names = {"own": "its own features", **ABLATIONS}
     legend(figure, _markers(CONTROL_LOOKS, names), columns=3)
     caption = (
         "Left: features that are not the image's own through the trained decoder, scored against the image; "
-        f"mean over {parts[0].facts.images} test images with its {NAME}. What reaches the first "
+        f"mean over {parts[0].facts.images} test images with its {INTERVAL_NAME}. What reaches the first "
         "marker was guessed. Right: the distance of the re-encoded reconstruction's features from the image's "
         "(disc) beside that of another image's (square)."
     )
@@ -87,7 +87,7 @@ def _row_panels(parts: Sequence[Part], height: float, **options: Any) -> tuple[F
 
 
 def _markers(looks: Mapping[str, tuple[str, str]], names: Mapping[str, str]) -> list[Any]:
-    return [key(names[name], color=c, marker=m, ls="none") for name, (c, m) in looks.items()]
+    return [legend_entry(names[name], color=c, marker=m, ls="none") for name, (c, m) in looks.items()]
 
 
 def label(row: Row) -> str:
@@ -97,7 +97,7 @@ def label(row: Row) -> str:
     return f"{drawable(shown, 36)}, {drawable(decoder(row), 30)}"
 
 
-def what_is_lost(rows: Rows) -> list[Drawing]:
+def error_breakdown(rows: Rows) -> list[Drawing]:
     """Draw the error by frequency, kind of region and place; an empty list if no run has a breakdown."""
     parts, _ = read_parts(rows.decoders, "error_breakdown")
     return [_by_frequency(parts), _by_kind(parts), _by_place(parts)] if parts else []
@@ -107,7 +107,7 @@ def _encoder_panels(
     parts: Sequence[Part], height: float, down: int = 1
 ) -> tuple[Figure, np.ndarray, list[list[Part]]]:
     """Make panels `(down, encoders)`; return the parts of each encoder too."""
-    groups = list(grouped(parts, lambda part: part.row.encoder).values())
+    groups = list(group_by(parts, lambda part: part.row.encoder).values())
     figure = Figure((max(4.4, 0.8 + PANEL[0] * len(groups)), height), layout="constrained")
     panels = figure.subplots(down, len(groups), sharex=True, sharey=True, squeeze=False)
     names = short_encoders([part.row for part in parts])
@@ -133,7 +133,7 @@ def _name_layers(axes: Axes, parts: Sequence[Part], loc: str) -> None:
     """Add a legend of one encoder's layers to its panel, in the colours of `_shades`."""
     colors = _shades(parts)
     layers = dict.fromkeys((part.row.sources, drawable(part.row.layer, 16)) for part in parts)
-    handles = [key(text, color=colors[sources]) for sources, text in layers]
+    handles = [legend_entry(text, color=colors[sources]) for sources, text in layers]
     axes.legend(handles=handles, loc=loc, fontsize=6.5, handlelength=1.2, labelspacing=0.2)
 
 
@@ -157,7 +157,7 @@ def _by_frequency(parts: Sequence[Part]) -> Drawing:
         _name_layers(column[0], members, "best")
     for axes, plane in zip(panels[:, 0], ("luma", "chroma"), strict=True):
         axes.set_ylabel(f"{plane}: error / image")
-    legend(figure, [key(name, color=MUTED, ls=ls) for name, ls in patterns.items()], columns=4)
+    legend(figure, [legend_entry(name, color=MUTED, ls=ls) for name, ls in patterns.items()], columns=4)
     caption = (
         "The error's power over the image's at each spatial frequency (radial averages of Hann-windowed spectra, "
         f"summed over {parts[0].facts.images} test images), luma above and chroma (Cb and Cr) below, darker "
@@ -186,7 +186,7 @@ def _by_kind(parts: Sequence[Part]) -> Drawing:
     rules = parts[0].facts.regions
     caption = (
         "Left: PSNR of luma, Cb and Cr, each over its own range of 1, mean over test images with its "
-        f"{NAME}. Right: of the mean squared error over all pixels of a kind, by the original's luma in "
+        f"{INTERVAL_NAME}. Right: of the mean squared error over all pixels of a kind, by the original's luma in "
         f"{rules.window} × {rules.window} pixels: flat (standard deviation below {rules.flat_below:g}), "
         f"else edge (structure tensor's coherence {rules.edge_from:g} or more), else texture."
     )
@@ -248,12 +248,14 @@ def rate(rows: Rows) -> list[Drawing]:
         axes.xaxis.set_minor_formatter(NullFormatter())
         grid_lines(axes)
     panels[0][0].set_ylabel("PSNR (dB)")
-    handles = [key(name, color=INK, ls=ls) for name, ls in patterns.items()]
-    legend(figure, handles + [key(codec, color=MUTED, ls=ls) for codec, ls in CODECS.items()], columns=4)
+    handles = [legend_entry(name, color=INK, ls=ls) for name, ls in patterns.items()]
+    legend(
+        figure, handles + [legend_entry(codec, color=MUTED, ls=ls) for codec, ls in CODECS.items()], columns=4
+    )
     caption = (
         "Features at 1, 2, 3, 4, 6 and 8 bits (left to right) after "
         f"{parts[0].facts.coder}, rebuilt by decoders that were fitted on unquantised ones; mean over "
-        f"{parts[0].facts.images} test images with its {NAME}. Grey: the same images as JPEG and "
+        f"{parts[0].facts.images} test images with its {INTERVAL_NAME}. Grey: the same images as JPEG and "
         "WebP files. Channels are quantised between their 0.1 % and 99.9 % quantiles over training images."
     )
     return [Drawing("rate", "Quality against the size of the features", caption, figure)]

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from afterimage.config import AfterimageError, RunConfig, counted
-from afterimage.report.bounds import CURVE, PAST, features_of, highest, mean_curve, searched
+from afterimage.config import AfterimageError, RunConfig, format_count
+from afterimage.report.bounds import CURVE, OVERRUN_DB, features_label, highest, mean_curve, with_curve
 from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import (
     ENCODER_COLORS,
@@ -22,12 +22,12 @@ from afterimage.report.figures.style import (
     Drawing,
     drawable,
     grid_lines,
-    key,
     legend,
+    legend_entry,
     style,
     with_control,
 )
-from afterimage.report.rows import Row, Rows, grouped, short_encoders
+from afterimage.report.rows import Row, Rows, group_by, short_encoders
 
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1.2))]
 PANELS = 12  # per figure
@@ -50,14 +50,14 @@ def training_curves(rows: Rows) -> list[Drawing]:
     if not trained:
         return []
     trained.sort(key=lambda pair: (*pair[0].order[:3], pair[0].decoder_order, pair[0].order))
-    panels = grouped(
+    panels = group_by(
         trained, lambda pair: (pair[0].encoder, pair[0].control, pair[0].decoder_label, _loss(pair[0]))
     )
     caption, names = _caption(trained, len(rows.decoders)), short_encoders(rows.decoders)
     if len(panels) <= PANELS:
         return [Drawing("training-curves", "Training", caption, _figure(panels, names))]
     drawings = []
-    for i, (encoder, own) in enumerate(grouped(panels, lambda panel: panel[0]).items(), 1):
+    for i, (encoder, own) in enumerate(group_by(panels, lambda panel: panel[0]).items(), 1):
         figure = _figure({panel: panels[panel] for panel in own}, names)
         drawings.append(Drawing(f"training-curves-{i}", f"Training: {names[encoder]}", caption, figure))
     return drawings
@@ -118,7 +118,7 @@ def _loss(row: Row) -> str:
 
 def _draw(axes: Axes, members: Sequence[Trained], is_mse: bool) -> list[tuple[float, str, str]]:
     """Draw the lines; return height, text and colour of the labels at their ends."""
-    layers = grouped(members, lambda pair: pair[0].layer)
+    layers = group_by(members, lambda pair: pair[0].layer)
     ends = []
     for i, (layer, histories) in enumerate(layers.items()):
         shade = 0.75 * i / max(1, len(layers) - 1)
@@ -169,9 +169,9 @@ def _share_heights(panels: Sequence[Axes]) -> None:
 def _handles(members: Sequence[Trained]) -> list[Any]:
     starts = any(row.training and row.training.best_epoch == 0 for row, _ in members)
     kept = f"epoch that is kept{' (0: the closed form, before the first)' if starts else ''}"
-    handles = [key(kept, color=MUTED, marker="o", mfc="white", ls="none")]
+    handles = [legend_entry(kept, color=MUTED, marker="o", mfc="white", ls="none")]
     if any(_drops(epochs) for _, epochs in members):
-        handles.append(key("learning rate lowered", color=MUTED, marker="v", ls="none"))
+        handles.append(legend_entry("learning rate lowered", color=MUTED, marker="v", ls="none"))
     return handles
 
 
@@ -203,24 +203,24 @@ def draw_saturation(inversions: Sequence[Row]) -> Drawing | None:
     None where no inversion kept the curve of a search; the caption counts searches without one.
     """
     lost = sum(row.config.estimate is None for row in inversions)
-    inversions = searched(inversions)
+    inversions = with_curve(inversions)
     lost -= len(inversions)
     if not inversions:
         return None
     with style():
         figure = Figure((6.2, 3.8), layout="constrained")
         axes = figure.add_subplot()
-        sources = dict.fromkeys(map(features_of, inversions))
+        sources = dict.fromkeys(map(features_label, inversions))
         colors = dict(zip(sources, itertools.cycle(ENCODER_COLORS), strict=False))
         ends = []
         for row in inversions:
             curve = mean_curve(row.run)
             steps, means = zip(*curve, strict=True)
-            color = colors[features_of(row)]
+            color = colors[features_label(row)]
             axes.plot(steps, means, color=color, ls="-" if row.inversion.start else "--")
             ends.append((means[-1], f"{means[-1]:.1f}", color))
             passes, peak = highest(curve)
-            if peak - means[-1] >= PAST:
+            if peak - means[-1] >= OVERRUN_DB:
                 axes.plot(passes, peak, "o", ms=4, color=color)
                 axes.annotate(
                     f"{peak:.1f} after {passes}", (passes, peak), (0, 5),
@@ -232,9 +232,9 @@ def draw_saturation(inversions: Sequence[Row]) -> Drawing | None:
         axes.set_xlabel("passes through the encoder and back (0: the start)")
         axes.set_ylabel("PSNR (dB) ↑")
         grid_lines(axes)
-        handles = [key(drawable(name, 60), color=color) for name, color in colors.items()]
+        handles = [legend_entry(drawable(name, 60), color=color) for name, color in colors.items()]
         starts = (("-", "from a decoder"), ("--", "from grey"))
-        legend(figure, handles + [key(label, color=MUTED, ls=ls) for ls, label in starts], columns=2)
+        legend(figure, handles + [legend_entry(label, color=MUTED, ls=ls) for ls, label in starts], columns=2)
         figure.draw_without_rendering()
         axes.set_ylim(axes.get_ylim())
         margin_labels(axes, ends, size=8.0)
@@ -243,5 +243,5 @@ def draw_saturation(inversions: Sequence[Row]) -> Drawing | None:
         "a lower bound on what the features keep."
     )
     if lost:
-        caption += f" {counted(lost, 'search', 'searches')} without {CURVE} left out."
+        caption += f" {format_count(lost, 'search', 'searches')} without {CURVE} left out."
     return Drawing("saturation", "Where inversion saturates", caption, figure)

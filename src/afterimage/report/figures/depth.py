@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from afterimage.evaluation.intervals import NAME
+from afterimage.evaluation.intervals import INTERVAL_NAME
 from afterimage.report.bounds import Bound, bounds_of, by_decoder
 from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import (
@@ -25,15 +25,15 @@ from afterimage.report.figures.style import (
     error_bars,
     fusion_note,
     grid_lines,
-    has,
-    key,
+    has_score,
     legend,
+    legend_entry,
     lpips_note,
     metric_label,
     metrics_of,
     with_control,
 )
-from afterimage.report.rows import Row, Rows, grouped, mean_over_images, pool, short_encoders
+from afterimage.report.rows import Row, Rows, group_by, mean_over_images, mean_over_seeds, short_encoders
 from afterimage.runs.results import METRICS, Interval
 
 LAYER_INCHES = 0.55
@@ -59,16 +59,16 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
     segments = _segments(rows.decoders)
     figure, panels = _panels(segments, metrics)
     for axes, (metric, net) in zip(panels, metrics, strict=True):
-        shown = [r for r in rows.decoders if has(r, metric, net)]
+        shown = [r for r in rows.decoders if has_score(r, metric, net)]
         _lines(axes, shown, segments, styles, metric)
-        for baseline in (r for r in rows.baselines if has(r, metric, net)):
+        for baseline in (r for r in rows.baselines if has_score(r, metric, net)):
             axes.axhline(baseline.scores[metric].mean, color=MUTED, lw=0.7, ls=(0, (4, 3)), zorder=-1)
     handles = _handles(rows.decoders, styles, bool(rows.baselines))
     legend(figure, handles, columns=min(len(handles), 5))
     figure.draw_without_rendering()
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         axes.set_ylim(axes.get_ylim())
-        marked = [r for r in rows.baselines if has(r, metric, net)]
+        marked = [r for r in rows.baselines if has_score(r, metric, net)]
         margin_labels(axes, [(r.scores[metric].mean, drawable(r.label, 32), MUTED) for r in marked])
     return [Drawing("quality-by-depth", "Quality by depth", _caption(rows), figure)]
 
@@ -78,7 +78,7 @@ ANSWERS = {"best estimate": ("#117733", "D"), "most consistent image": ("#882255
 BAND = "#F3DFA2"
 
 
-def kept_by_depth(rows: Rows) -> list[Drawing]:
+def bound_by_depth(rows: Rows) -> list[Drawing]:
     """Draw measured bound and decoder by depth, a figure for each decoder with bounds of several layers."""
     groups = by_decoder(bounds_of(rows)).items()
     found = [
@@ -96,13 +96,13 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
     drawn: dict[str, Style] = {f"decoder {label}": looks[0]}
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         estimates: list[float] = []
-        series = grouped(
-            [(bound, _kind(bound, metric)) for bound in bounds if has(bound.found, metric, net)],
+        series = group_by(
+            [(bound, _kind(bound, metric)) for bound in bounds if has_score(bound.found, metric, net)],
             lambda pair: (pair[0].found.encoder, pair[0].found.control, pair[1]),
         )
         for (encoder, control, kind), pairs in series.items():
             drawn[kind] = Style(*ANSWERS[kind])
-            own = grouped((bound for bound, _ in pairs), lambda bound: places[_layer_key(bound.found)])
+            own = group_by((bound for bound, _ in pairs), lambda bound: places[_layer_key(bound.found)])
             layers = sorted(own.items())
             x = np.array([place for place, _ in layers])
             decoder = [_mean([bound.decoder for bound in members], metric) for _, members in layers]
@@ -110,12 +110,12 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
             joined = encoder != "fusion"
             _band(axes, x, decoder, answer, METRICS[metric].sign, joined=joined)
             still = [Interval(mean, mean, mean, 1) for mean in decoder]
-            apart = [_apart(of, metric, mean) for (_, of), mean in zip(layers, answer, strict=True)]
+            apart = [_bound_interval(of, metric, mean) for (_, of), mean in zip(layers, answer, strict=True)]
             for name, means in ((next(iter(drawn)), still), (kind, apart)):
                 _curve(axes, x, means, drawn[name], control, name, joined=joined)
             estimates += decoder + answer
         _keep_in_view(axes, estimates)
-    handles = [key(drawable(name, 48), **look.line()) for name, look in drawn.items()]
+    handles = [legend_entry(drawable(name, 48), **look.line()) for name, look in drawn.items()]
     legend(figure, [*handles, Patch(color=BAND, label="what this decoder missed")], columns=4)
     figure.draw_without_rendering()
     counts = " or ".join(str(count) for count in sorted({bound.count for bound in bounds}))
@@ -123,7 +123,7 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
         f"What the features of each layer keep at least (the measured bound), and what the decoder {label} shows of "
         f"it: means over the same {counts} test images. The band is what this decoder missed, though the features hold "
         "it; where there is none, nothing that was found is better than the decoder. Bars: the bound's difference to "
-        f"the decoder, paired by image, with its {NAME}; of few images it may leave the panel."
+        f"the decoder, paired by image, with its {INTERVAL_NAME}; of few images it may leave the panel."
         f"{controls_note(founds)}{fusion_note(founds)}"
     )
     stem = "kept-by-depth" + (f"-{number + 1}" if number else "")
@@ -136,11 +136,11 @@ def _kind(bound: Bound, metric: str) -> str:
 
 def _mean(rows: Sequence[Row], metric: str) -> float:
     """Return the mean over images of pooled rows; that of the first row if scores by image are unknown."""
-    found = pool(rows, metric)
+    found = mean_over_seeds(rows, metric)
     return found.estimate if found else rows[0].scores[metric].mean
 
 
-def _apart(bounds: Sequence[Bound], metric: str, mean: float) -> Interval:
+def _bound_interval(bounds: Sequence[Bound], metric: str, mean: float) -> Interval:
     """Return the bound's mean with the interval of its difference to the decoder; of no width if unknown."""
     gaps = [bound.missed(metric) for bound in bounds]
     common = [name for name in gaps[0] if all(name in gap for gap in gaps)]
@@ -211,8 +211,8 @@ def _segments(rows: Sequence[Row]) -> list[Segment]:
     short = short_encoders(rows)
     ordered = sorted(rows, key=lambda r: (r.order[0], r.order[1], r.fusion_letter, r.order[4:]))
     encoders = [
-        (encoder, [own[0] for own in grouped(members, _layer_key).values()])
-        for encoder, members in grouped(ordered, lambda row: row.encoder).items()
+        (encoder, [own[0] for own in group_by(members, _layer_key).values()])
+        for encoder, members in group_by(ordered, lambda row: row.encoder).items()
     ]
     spans = [max(len(layers), 2) for _, layers in encoders]
     inches = _layer_inches(float(sum(spans)))
@@ -244,12 +244,14 @@ def _lines(
     axes: Axes, rows: Sequence[Row], segments: Sequence[Segment], styles: dict[str, Style], metric: str
 ) -> None:
     places = _places(segments)
-    series = grouped(rows, lambda row: (row.encoder, row.decoder_label, row.control))
+    series = group_by(rows, lambda row: (row.encoder, row.decoder_label, row.control))
     for (encoder, label, control), members in series.items():
         beside = [name[1:] for name in series if name[0] == encoder]
         shift = 0.4 * ((beside.index((label, control)) + 0.5) / len(beside) - 0.5)
-        layers = grouped(members, _layer_key).items()
-        points = {places[layer] + shift: mean for layer, own in layers if (mean := pool(own, metric))}
+        layers = group_by(members, _layer_key).items()
+        points = {
+            places[layer] + shift: mean for layer, own in layers if (mean := mean_over_seeds(own, metric))
+        }
         x = np.array(sorted(points))
         _curve(axes, x, [points[at] for at in x], styles[label], control, label, joined=encoder != "fusion")
 
@@ -257,21 +259,21 @@ def _lines(
 def _handles(rows: Sequence[Row], styles: dict[str, Style], has_baselines: bool) -> list[Any]:
     looks = dict.fromkeys((r.decoder_label, r.control) for r in sorted(rows, key=lambda r: r.decoder_order))
     handles = [
-        key(with_control(drawable(name, 48), control), **styles[name].line(control))
+        legend_entry(with_control(drawable(name, 48), control), **styles[name].line(control))
         for name, control in looks
     ]
     if has_baselines:
-        handles.append(key("baseline", color=MUTED, lw=0.7, ls=(0, (4, 3))))
+        handles.append(legend_entry("baseline", color=MUTED, lw=0.7, ls=(0, (4, 3))))
     return handles
 
 
 def _caption(rows: Rows) -> str:
-    alike = grouped(
+    alike = group_by(
         rows.decoders, lambda row: (row.encoder, row.decoder_label, row.control, *_layer_key(row))
     )
     most = max(len({row.seed for row in own}) for own in alike.values())
     text = (
-        f"Mean over test images with its {NAME}; decoders of a layer stand side by side. "
+        f"Mean over test images with its {INTERVAL_NAME}; decoders of a layer stand side by side. "
         "Intervals of two points may overlap although their difference is certain: the images are the "
         "same, so compare pairs."
     )

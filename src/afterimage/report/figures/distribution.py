@@ -15,13 +15,13 @@ from afterimage.report.figures.style import (
     dashes,
     decoder_styles,
     drawable,
-    has,
+    has_score,
     lpips_note,
     metric_label,
     metrics_of,
     with_control,
 )
-from afterimage.report.rows import Row, Rows, grouped, short_encoders
+from afterimage.report.rows import Row, Rows, group_by, short_encoders
 
 ROWS_A_FIGURE = 36
 ROW_INCHES = 0.2
@@ -38,7 +38,7 @@ def distributions(rows: Rows) -> list[Drawing]:
 
 def _pages(rows: Sequence[Row]) -> list[list[Row]]:
     pages: list[list[Row]] = []
-    for group in grouped(rows, lambda row: row.encoder).values():
+    for group in group_by(rows, lambda row: row.encoder).values():
         for start in range(0, len(group), ROWS_A_FIGURE):
             part = group[start : start + ROWS_A_FIGURE]
             if pages and len(pages[-1]) + len(part) <= ROWS_A_FIGURE:
@@ -52,7 +52,7 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
     metrics, names = metrics_of(page), short_encoders(rows.decoders)
     # A group's heading has a line of its own above its rows.
     places, headings, place = [], [], 0.0
-    for (encoder, control), members in grouped(page, lambda r: (r.encoder, r.control)).items():
+    for (encoder, control), members in group_by(page, lambda r: (r.encoder, r.control)).items():
         headings.append((place, with_control(names.get(encoder, "baselines"), control), control))
         places += [(place + i, row) for i, row in enumerate(members, 1)]
         place += len(members) + 1.3
@@ -60,7 +60,7 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         for y, row in places:
-            values = list(row.values(metric).values()) if has(row, metric, net) else []
+            values = list(row.values(metric).values()) if has_score(row, metric, net) else []
             if values:
                 _box(axes, y, values, colors.get(row.decoder_label, MUTED), row.control)
         axes.set_xlabel(metric_label(metric, net))

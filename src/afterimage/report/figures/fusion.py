@@ -21,14 +21,14 @@ from afterimage.report.figures.image_grid import (
     HEAD,
     IMAGES,
     Pixels,
+    create_grid_figure,
     in_columns,
     place_image,
     read_pixels,
-    sheet,
 )
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import Drawing, drawable, with_control
-from afterimage.report.format import capitalised, plain
+from afterimage.report.format import capitalised, single_line
 from afterimage.report.rows import Row, Rows
 
 COLORS = "cividis"
@@ -56,7 +56,7 @@ def fusion_weights(rows: Rows) -> list[Drawing]:
     for number, (row, lines) in enumerate(found, 1):
         name = f"fusion-weights-{number}" if len(found) > 1 else "fusion-weights"
         who = ", ".join([row.layer, row.decoder_label, *([f"seed {row.seed}"] if has_seeds else [])])
-        title = with_control(f"Fusion weights: {plain(who, 100)}", row.control)
+        title = with_control(f"Fusion weights: {single_line(who, 100)}", row.control)
         drawings.append(Drawing(name, title, _caption(row), _figure(row, lines), number > FEW))
     return drawings
 
@@ -87,7 +87,7 @@ def _figure(row: Row, lines: list[Line]) -> Figure:
     heads += [f"{name}\nmean weight {mean:.2f}" for name, mean in means]
     step, width = CELL + FOOT + EDGE, len(heads) * (CELL + GAP) + EDGE + BAR
     places = in_columns(heads)
-    figure, axes, top = sheet(places, width, len(lines) * step)
+    figure, axes, top = create_grid_figure(places, width, len(lines) * step)
     norm = Normalize(0, max(float(m.max()) for line in lines for m in line.maps) / 255 or 1)
     left = list(places)
     for y, line in zip(itertools.count(top, step), lines, strict=False):

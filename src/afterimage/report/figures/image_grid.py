@@ -27,8 +27,8 @@ from afterimage.report.figures.style import (
     style,
     with_control,
 )
-from afterimage.report.format import plain
-from afterimage.report.rows import Row, Rows, grouped, lpips_nets, short_encoders
+from afterimage.report.format import single_line
+from afterimage.report.rows import Row, Rows, group_by, lpips_nets, short_encoders
 from afterimage.runs.files import read_image
 from afterimage.runs.run import Run
 
@@ -87,7 +87,7 @@ def grid(page: Page) -> list[Drawing]:
 
 
 @runtime_checkable
-class Shown(Protocol):
+class ImagePair(Protocol):
     """An image and its reconstruction by a run, uint8 `(H, W, 3)`, with scores by metric."""
 
     original: Pixels
@@ -95,7 +95,7 @@ class Shown(Protocol):
     scores: Mapping[str, float | None]
 
 
-def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Drawing]:
+def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, ImagePair]]) -> list[Drawing]:
     """Draw the figures of `grid` for other images than the runs' test images, given by run and name."""
     drawings = []
     for page in pages(rows):
@@ -110,14 +110,14 @@ def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, Shown]]) -> list[Dra
     return drawings
 
 
-def kept(rows: Rows) -> list[Drawing]:
+def bound_images(rows: Rows) -> list[Drawing]:
     """Draw decoder and measured bound on the same images: columns are layers, rows are answers.
 
     Each decoder has one figure or more; those without a bound or saved images have none.
     """
     drawings: list[Drawing] = []
     for label, bounds in by_decoder(bounds_of(rows)).items():
-        layers = grouped(bounds, lambda bound: (bound.found.sources, bound.found.origin)).values()
+        layers = group_by(bounds, lambda bound: (bound.found.sources, bound.found.origin)).values()
         own = [same[0] for same in layers]
         for title, part in _chunks(f"What layers keep, and what {label} shows", own):
             drawings += _kept(part, label, title, len(drawings))
@@ -148,7 +148,7 @@ def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[
     width, step = start + len(bounds) * (CELL + GAP) - GAP + EDGE, CELL + 0.2
     block = len(lines) * step + 0.1
     below, text = len(originals) * block - 0.1 + EDGE, {"fontsize": LARGE, "linespacing": 1.2}
-    figure, axes, top = sheet({EDGE: "original", **heads}, width, below, line=0.15, **text)
+    figure, axes, top = create_grid_figure({EDGE: "original", **heads}, width, below, line=0.15, **text)
     for place, (identity, original) in enumerate(originals.items()):
         y = top + place * block
         place_image(axes, original, EDGE, y, "")
@@ -159,7 +159,7 @@ def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[
                 at = x, y + line * step
                 pixels = _answer_pixels(answer, identity, original)
                 if pixels is None:
-                    _absent(axes, *at, has_detail=False)
+                    _draw_placeholder(axes, *at, has_detail=False)
                 else:
                     place_image(axes, pixels, *at, _scores_of(answer, identity), size=LARGE - 0.5)
     nets = lpips_nets(founds)
@@ -197,16 +197,16 @@ def _split(rows: Rows, names: dict[str, str]) -> Iterable[tuple[str, list[Row]]]
     if rows.decoders and len(rows.decoders) < COLUMNS:
         yield "Reconstructions", list(rows.decoders)
     else:
-        for (encoder, control), members in grouped(rows.decoders, lambda r: (r.encoder, r.control)).items():
+        for (encoder, control), members in group_by(rows.decoders, lambda r: (r.encoder, r.control)).items():
             title = f"Reconstructions: {with_control(names[encoder], control)}"
             if len(members) < COLUMNS:
                 yield title, members
                 continue
             has_seeds = len({r.seed for r in members}) > 1
             members.sort(key=lambda r: (r.decoder_order, r.seed or 0, r.order))
-            for (label, seed), own in grouped(members, lambda r: (r.decoder_label, r.seed)).items():
+            for (label, seed), own in group_by(members, lambda r: (r.decoder_label, r.seed)).items():
                 seeded = f", seed {seed}" if has_seeds else ""
-                yield from _chunks(f"{title}, {plain(label)}{seeded}", own)
+                yield from _chunks(f"{title}, {single_line(label)}{seeded}", own)
     if rows.baselines:
         yield from _chunks("Reconstructions: baselines", list(rows.baselines))
 
@@ -259,16 +259,16 @@ def read_pixels(path: Path) -> Pixels | None:
 def _drawing(page: Page, lines: Sequence[Line]) -> Drawing:
     heads = in_columns(["original", *(_head(row, page) for row in page.rows)])
     width, below = len(heads) * (CELL + GAP) - GAP + 2 * EDGE, 2 * CELL + FOOT + EDGE
-    figure, axes, top = sheet(heads, width, (len(lines) - 1) * BLOCK + below)
+    figure, axes, top = create_grid_figure(heads, width, (len(lines) - 1) * BLOCK + below)
     for place, line in enumerate(lines):
         y = top + place * BLOCK
         scores = ("" if psnr is None else f"{psnr:.2f} dB" for psnr in line.psnr)
         feet = [drawable(line.id, HEAD), *scores]
         for x, pixels, foot in zip(heads, [line.original, *line.cells], feet, strict=True):
             if pixels is None:
-                _absent(axes, x, y)
+                _draw_placeholder(axes, x, y)
             else:
-                _show(axes, pixels, x, y, foot, busiest(line.original), boxed=x == EDGE)
+                _show(axes, pixels, x, y, foot, highest_contrast_square(line.original), boxed=x == EDGE)
     gaps = sum(pixels is None for line in lines for pixels in line.cells)
     missing = f" {gaps} images were not saved, cannot be read, or are of another original." if gaps else ""
     caption = (
@@ -301,7 +301,7 @@ def in_columns(heads: Sequence[str]) -> dict[float, str]:
     return {EDGE + column * (CELL + GAP): head for column, head in enumerate(heads)}
 
 
-def sheet(
+def create_grid_figure(
     heads: Mapping[float, str], width: float, below: float, *, line: float = 0.13, **text: Any
 ) -> tuple[Figure, Axes, float]:
     """Make a figure with one axes in inches from the top left: an axes for each cell would be slow.
@@ -337,13 +337,13 @@ def place_image(
     return left, above, scale
 
 
-def _absent(axes: Axes, x: float, y: float, *, has_detail: bool = True) -> None:
+def _draw_placeholder(axes: Axes, x: float, y: float, *, has_detail: bool = True) -> None:
     for top in (y, y + CELL + FOOT) if has_detail else (y,):
         axes.add_patch(Rectangle((x, top), CELL, CELL, fill=False, ec="#cccccc", lw=0.7))
     axes.text(x + CELL / 2, y + CELL / 2, "not saved", ha="center", va="center", color=MUTED, fontsize=7)
 
 
-def busiest(pixels: Pixels) -> tuple[int, int, int]:
+def highest_contrast_square(pixels: Pixels) -> tuple[int, int, int]:
     """Return top, left and size of the square (1/4 of the shorter side) with the highest luma variance."""
     luma: Float[np.ndarray, "height width"] = pixels @ np.array([0.299, 0.587, 0.114])
     size = max(1, min(luma.shape) // DETAIL)

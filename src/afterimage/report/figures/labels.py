@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 from scipy.optimize import isotonic_regression
 
-from afterimage.report.figures.style import MUTED, columns, head
+from afterimage.report.figures.style import MUTED, columns, fit_columns
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -87,16 +87,16 @@ def wrap(name: str, width: int) -> str:
     A piece without separators that is longer than a line is cut.
     """
     whole = re.findall(r"[^_.\- ]*[_.\- ]|[^_.\- ]+", name)
-    pieces = [part for piece in whole for part in _chopped(piece, width)]
+    pieces = [part for piece in whole for part in _split_piece(piece, width)]
     lines = _fill(pieces, width)
     narrower = (_fill(pieces, w) for w in range(-(-columns(name) // len(lines)), width))
     return "\n".join(line.strip() for line in next((n for n in narrower if len(n) == len(lines)), lines))
 
 
-def _chopped(piece: str, width: int) -> Iterator[str]:
+def _split_piece(piece: str, width: int) -> Iterator[str]:
     """Yield parts of a piece that are at most `width` columns wide."""
     while piece:
-        part = head(piece, width) or piece[0]
+        part = fit_columns(piece, width) or piece[0]
         yield part
         piece = piece[len(part) :]
 

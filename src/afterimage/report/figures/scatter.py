@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from afterimage.evaluation.intervals import NAME
-from afterimage.report.compare import Comparison, Entry, Measured
+from afterimage.evaluation.intervals import INTERVAL_NAME
+from afterimage.report.compare import Comparison, Entry, MeasurementConditions
 from afterimage.report.figures.labels import point_labels
 from afterimage.report.figures.style import (
     MUTED,
@@ -22,15 +22,15 @@ from afterimage.report.figures.style import (
     encoder_styles,
     error_bars,
     grid_lines,
-    has,
-    key,
+    has_score,
     legend,
+    legend_entry,
     log_x,
     lpips_note,
     metric_label,
     metrics_of,
 )
-from afterimage.report.rows import Row, Rows, grouped, pool, short_encoders
+from afterimage.report.rows import Row, Rows, group_by, mean_over_seeds, short_encoders
 from afterimage.runs.results import Interval
 
 PANEL = (2.35, 1.95)
@@ -77,7 +77,7 @@ def quality_by_locations(rows: Rows) -> list[Drawing]:
     _legend(figure, shown, layout)
     caption = (
         "Every layer by the number of its feature locations (height × width), a column a decoder, a line an "
-        f"encoder through its layers in execution order; mean over test images with its {NAME}."
+        f"encoder through its layers in execution order; mean over test images with its {INTERVAL_NAME}."
         f"{controls_note(shown)}{lpips_note(shown)}"
     )
     return [Drawing("quality-by-locations", "Quality and spatial resolution", caption, figure)]
@@ -108,7 +108,7 @@ def quality_by_parameters(rows: Rows) -> list[Drawing]:
     figure.set_layout_engine("none")  # labels lie inside the axes: another layout would change nothing
     caption = (
         "Every row by the size of its decoder, a column an encoder, a line a decoder through the layers in "
-        f"execution order (named where there is room); mean over test images with its {NAME}."
+        f"execution order (named where there is room); mean over test images with its {INTERVAL_NAME}."
         f"{controls_note(shown)}{lpips_note(shown)}"
     )
     return [Drawing("quality-by-parameters", "Quality and decoder size", caption, figure)]
@@ -130,7 +130,7 @@ def _draw(rows: Sequence[Row], layout: Layout) -> tuple[Figure, list[tuple[Axes,
     for line, (metric, net) in zip(panels.T if single else panels, metrics, strict=True):
         (line[0].set_title if single else line[0].set_ylabel)(metric_label(metric, net))
         for axes, name in zip(line, layout.columns, strict=True):
-            own = [row for row in rows if layout.column(row) == name and has(row, metric, net)]
+            own = [row for row in rows if layout.column(row) == name and has_score(row, metric, net)]
             drawn.append((axes, metric, _lines(axes, own, metric, layout)))
     return figure, drawn
 
@@ -138,9 +138,11 @@ def _draw(rows: Sequence[Row], layout: Layout) -> tuple[Figure, list[tuple[Axes,
 def _lines(axes: Axes, rows: Sequence[Row], metric: str, layout: Layout) -> list[Point]:
     """Draw a line for each of the layout's lines and random controls; return the points drawn."""
     drawn: list[Point] = []
-    for (name, control), members in grouped(rows, lambda row: (layout.line(row), row.control)).items():
-        alike = grouped(members, lambda row: (row.sources, row.fusion_letter, row.decoder_label)).values()
-        points = [(layout.x(own[0]), score, own[0]) for own in alike if (score := pool(own, metric))]
+    for (name, control), members in group_by(rows, lambda row: (layout.line(row), row.control)).items():
+        alike = group_by(members, lambda row: (row.sources, row.fusion_letter, row.decoder_label)).values()
+        points = [
+            (layout.x(own[0]), score, own[0]) for own in alike if (score := mean_over_seeds(own, metric))
+        ]
         if not points:
             continue
         points.sort(key=lambda p: (p[2].order, p[0]))
@@ -155,10 +157,11 @@ def _lines(axes: Axes, rows: Sequence[Row], metric: str, layout: Layout) -> list
 
 def _legend(figure: Figure, rows: Sequence[Row], layout: Layout) -> None:
     keys = [
-        key(drawable(layout.lines[name], 48), lw=0.8, **style.line()) for name, style in layout.styles.items()
+        legend_entry(drawable(layout.lines[name], 48), lw=0.8, **style.line())
+        for name, style in layout.styles.items()
     ]
     for control in sorted({row.control for row in rows if row.is_random}):
-        keys.append(key(control, lw=0.8, **Style(MUTED, "o").line(control)))
+        keys.append(legend_entry(control, lw=0.8, **Style(MUTED, "o").line(control)))
     legend(figure, keys, columns=4)
 
 
@@ -179,11 +182,11 @@ def _short_count(value: float) -> str:
     return f"{value:g}"
 
 
-OTHERS = Style("#b5b5b5", "o")
+ATLAS_STYLE = Style("#b5b5b5", "o")
 """Style of an atlas's encoders."""
 
 
-def standing(comparison: Comparison) -> Drawing:
+def ranking_figure(comparison: Comparison) -> Drawing:
     """Draw the user's rows among those of an atlas by feature values: answers down, metrics across."""
     mine = [standing.mine for standing in comparison.standings]
     answers = list(dict.fromkeys(e.measured for e in mine))
@@ -198,10 +201,10 @@ def standing(comparison: Comparison) -> Drawing:
             firsts = named[axes] = []
             for name, rows in others.items():
                 if found := _scored(rows, measured, metric, net):
-                    _through(axes, found, metric, OTHERS, zorder=1)
+                    _plot_encoder(axes, found, metric, ATLAS_STYLE, zorder=1)
                     firsts.append((found[0].values, found[0].scores[metric], _bare(name, others)))
             for name, rows in names.items():
-                _through(axes, _scored(rows, measured, metric, net), metric, looks[name], zorder=2)
+                _plot_encoder(axes, _scored(rows, measured, metric, net), metric, looks[name], zorder=2)
             log_x(axes)
             axes.margins(x=0.2)  # room for names
             grid_lines(axes)
@@ -210,8 +213,8 @@ def standing(comparison: Comparison) -> Drawing:
         axes.set_title(metric_label(*metric))
     for axes in panels[-1]:
         axes.set_xlabel("feature values per pixel value")
-    keys = {_bare(name, names): looks[name] for name in names} | {"atlas": OTHERS}
-    handles = [key(name, lw=0.8, **look.line()) for name, look in keys.items()]
+    keys = {_bare(name, names): looks[name] for name in names} | {"atlas": ATLAS_STYLE}
+    handles = [legend_entry(name, lw=0.8, **look.line()) for name, look in keys.items()]
     legend(figure, handles, columns=4)
     figure.draw_without_rendering()
     for axes, firsts in named.items():
@@ -225,7 +228,7 @@ def standing(comparison: Comparison) -> Drawing:
 
 
 def _by_encoder(rows: Sequence[Entry]) -> dict[str, list[Entry]]:
-    return grouped(rows, lambda row: row.encoder + row.name.removeprefix(row.features))
+    return group_by(rows, lambda row: row.encoder + row.name.removeprefix(row.features))
 
 
 def _bare(name: str, names: Iterable[str]) -> str:
@@ -234,11 +237,11 @@ def _bare(name: str, names: Iterable[str]) -> str:
     return drawable(bare if [n.partition(".")[0] for n in names].count(bare) == 1 else name, 32)
 
 
-def _scored(rows: Sequence[Entry], measured: Measured, metric: str, net: str) -> list[Entry]:
+def _scored(rows: Sequence[Entry], measured: MeasurementConditions, metric: str, net: str) -> list[Entry]:
     return [e for e in rows if e.measured == measured and e.has(metric, net)]
 
 
-def _through(axes: Axes, rows: Sequence[Entry], metric: str, look: Style, *, zorder: int) -> None:
+def _plot_encoder(axes: Axes, rows: Sequence[Entry], metric: str, look: Style, *, zorder: int) -> None:
     hollow = any(row.is_random for row in rows)
     axes.plot(
         [row.values for row in rows], [row.scores[metric] for row in rows], color=look.color, marker=look.marker,

@@ -25,7 +25,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from afterimage.report.format import capitalised, plain
+from afterimage.report.format import capitalised, single_line
 from afterimage.report.rows import Row, fusion_legend, lpips_nets
 from afterimage.report.tables import heading, score_columns
 from afterimage.runs.results import Interval
@@ -145,7 +145,7 @@ def metrics_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return score_columns(lpips_nets(rows))
 
 
-def has(row: Row, metric: str, net: str) -> bool:
+def has_score(row: Row, metric: str, net: str) -> bool:
     """Return True if a row was measured by a metric, LPIPS with this network."""
     return row.scores[metric] is not None and (metric != "lpips" or row.lpips.net == net)
 
@@ -182,7 +182,7 @@ def fusion_note(rows: Sequence[Row]) -> str:
     return "".join(f" {capitalised(line)}." for line in fusion_legend(rows))
 
 
-def key(label: str, **look: Any) -> Line2D:
+def legend_entry(label: str, **look: Any) -> Line2D:
     """Return an entry of a legend."""
     return Line2D([], [], label=label, **look)
 
@@ -218,7 +218,7 @@ def log_x(
 
 BASE = "DejaVu Sans"
 """Font of every figure, bundled with matplotlib."""
-OTHERS = (
+FALLBACK_FONTS = (
     "Noto Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans Devanagari", "Noto Sans Thai",
     "Arial Unicode MS", "Microsoft YaHei", "PingFang SC", "Hiragino Sans", "Malgun Gothic", "WenQuanYi Zen Hei",
     "Droid Sans Fallback", "Unifont",
@@ -230,7 +230,7 @@ OTHERS = (
 def families() -> list[str]:
     """Return the fonts to draw text in; each character is drawn in the first font that contains it."""
     installed = set(font_manager.get_font_names())
-    return [BASE, *(name for name in OTHERS if name in installed)]
+    return [BASE, *(name for name in FALLBACK_FONTS if name in installed)]
 
 
 @cache
@@ -240,13 +240,13 @@ def _characters() -> frozenset[str]:
 
 
 def drawable(text: object, limit: int = 0) -> str:
-    """Return text as `plain` does, with characters that no font contains written as escapes.
+    """Return text as `single_line` does, with characters that no font contains written as escapes.
 
     Args:
         text: the text
         limit: largest width in columns (a CJK character takes two), cut in the middle; 0 for no limit
     """
-    units = [c if c in _characters() else _escape(c) for c in plain(text)]
+    units = [c if c in _characters() else _escape(c) for c in single_line(text)]
     return "".join(units if not limit or columns("".join(units)) <= limit else _cut(units, limit))
 
 
@@ -255,15 +255,15 @@ def columns(text: str) -> int:
     return len(text) + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
 
 
-def head(units: Sequence[str], width: int) -> Sequence[str]:
+def fit_columns(units: Sequence[str], width: int) -> Sequence[str]:
     """Return the longest beginning that fits into `width` columns."""
     return units[: sum(end <= width for end in itertools.accumulate(map(columns, units)))]
 
 
 def _cut(units: list[str], limit: int) -> list[str]:
-    """Cut text in the middle, as `plain` does, without splitting escapes."""
-    tail = head(units[::-1], (limit - 1) // 2)[::-1]
-    return [*head(units, limit - 1 - columns("".join(tail))), "…", *tail]
+    """Cut text in the middle, as `single_line` does, without splitting escapes."""
+    tail = fit_columns(units[::-1], (limit - 1) // 2)[::-1]
+    return [*fit_columns(units, limit - 1 - columns("".join(tail))), "…", *tail]
 
 
 def _escape(character: str) -> str:

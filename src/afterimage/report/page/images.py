@@ -16,13 +16,13 @@ from typing import Any
 from jinja2.utils import htmlsafe_json_dumps
 from PIL import Image
 
-from afterimage.config import AfterimageError, shown
+from afterimage.config import AfterimageError, printable_path
 from afterimage.report.rows import Row
 from afterimage.runs.files import read_image
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 QUALITIES = (90, 80)
-EXACT_BYTES = 12_000_000
+LOSSLESS_BYTES = 12_000_000
 THUMBNAIL = 96
 OVERHEAD = 5_000  # bytes of an image's thumbnail and other facts on the page
 
@@ -45,7 +45,7 @@ class PageImage:
 
 
 @dataclass(frozen=True)
-class Album:
+class EmbeddedImages:
     """Images that a page embeds.
 
     `blocks[i]` holds the data URIs of `images[i]`: `original`, and `runs` and `maps` by position. `quality` is
@@ -58,7 +58,7 @@ class Album:
     quality: int | None = None
 
 
-def gather(rows: Sequence[Row]) -> list[PageImage]:
+def collect_images(rows: Sequence[Row]) -> list[PageImage]:
     """Return the images that the rows' runs saved, in the order of their first appearance.
 
     Rows share an image if both its id and the content of its original agree: the same id from another crop
@@ -80,14 +80,14 @@ def gather(rows: Sequence[Row]) -> list[PageImage]:
     return list(images.values())
 
 
-def embed(images: Sequence[PageImage], limit: int, progress: Progress = silent) -> Album:
+def embed(images: Sequence[PageImage], limit: int, progress: Progress = no_progress) -> EmbeddedImages:
     """Encode images into at most `limit` bytes of JSON.
 
     Small sets are embedded unchanged, larger ones as WebP at the first of `QUALITIES` that fits. If none
     fits, images are left out from the end, each with all its reconstructions.
     """
     if not images:
-        return Album(0)
+        return EmbeddedImages(0)
     kept, blocks, spent = [], [], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         quality = _choose_quality(images, limit, pool)
@@ -99,7 +99,7 @@ def embed(images: Sequence[PageImage], limit: int, progress: Progress = silent) 
             kept.append(entry)
             blocks.append(block)
             progress("embedding images", done, len(images))
-    return Album(len(images), kept, blocks, quality)
+    return EmbeddedImages(len(images), kept, blocks, quality)
 
 
 def data_uri(content: bytes, kind: str) -> str:
@@ -109,7 +109,7 @@ def data_uri(content: bytes, kind: str) -> str:
 def _choose_quality(images: Sequence[PageImage], limit: int, pool: Executor) -> int | None:
     files = [file for page_image in images for file in page_image.files]
     size = sum(file.stat().st_size + 100 for file in files if file.exists())
-    if size * 4 / 3 + OVERHEAD * len(images) <= min(limit, EXACT_BYTES):
+    if size * 4 / 3 + OVERHEAD * len(images) <= min(limit, LOSSLESS_BYTES):
         return None
     sample = images[:: max(1, len(images) // 5)]
     for quality in QUALITIES:
@@ -162,4 +162,4 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise AfterimageError(f"cannot read the image {shown(path)}: {error.strerror}") from None
+        raise AfterimageError(f"cannot read the image {printable_path(path)}: {error.strerror}") from None

@@ -16,16 +16,23 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from afterimage.config import AfterimageError, read_text, short_names, shown
-from afterimage.evaluation.intervals import NAME
+from afterimage.config import AfterimageError, printable_path, read_text, short_names
+from afterimage.evaluation.intervals import INTERVAL_NAME
 from afterimage.report.bounds import Bound, bounds_of, curve, main_bounds
-from afterimage.report.format import NONE, Finding
-from afterimage.report.page.images import Album, PageImage, data_uri, embed, gather, read_bytes
-from afterimage.report.rows import Row, Rows, grouped
+from afterimage.report.format import MISSING, Finding
+from afterimage.report.page.images import (
+    EmbeddedImages,
+    PageImage,
+    collect_images,
+    data_uri,
+    embed,
+    read_bytes,
+)
+from afterimage.report.rows import Row, Rows, group_by
 from afterimage.report.tables import best_mean, duration, lpips_reason
 from afterimage.runs.files import write_atomic
 from afterimage.runs.results import METRICS
-from afterimage.runtime.terminal import Progress, silent
+from afterimage.runtime.terminal import Progress, no_progress
 
 PAGE_BYTES = 58_000_000
 TEMPLATES = Path(__file__).with_name("templates")
@@ -48,7 +55,7 @@ def write_page(
     problems: Sequence[str] = (),
     figures: Sequence[tuple[str, Path]] = (),
     limit: int = PAGE_BYTES,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Path:
     """Write the page of these rows.
 
@@ -71,7 +78,7 @@ def write_page(
     Raises:
         AfterimageError: an image cannot be read, or the limit is too small for the page without images
     """
-    images = gather(rows.every)
+    images = collect_images(rows.every)
     entries = describe_rows(rows, images)
     context = {
         "title": title, "lead": lead, "problems": problems, "bounds": bounds, "findings": findings,
@@ -81,15 +88,15 @@ def write_page(
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     template, ids, net = environment.get_template("page.html"), image_ids(rows), main_net(rows)
 
-    def render(album: Album) -> str:
+    def render(album: EmbeddedImages) -> str:
         data = {"runs": entries, "rows": len(rows.all), "images": album.images, "ids": ids, "net": net}
         return template.render(album=album, data=data, **context)
 
     # A first rendering without images shows how much room is left for them.
-    room = limit - len(render(Album(total=len(images))).encode())
+    room = limit - len(render(EmbeddedImages(total=len(images))).encode())
     if room < 0:
         raise AfterimageError(
-            f"{shown(out)}: tables, charts and figures alone take more than the limit of {limit:,} bytes"
+            f"{printable_path(out)}: tables, charts and figures alone take more than the limit of {limit:,} bytes"
         )
     write_atomic(out, render(embed(images, room, progress)))
     return Path(out)
@@ -108,7 +115,7 @@ def _shared(rows: Rows, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     missing = [(lpips_reason(row), row.label) for row in rows.all if not row.scores["lpips"]]
     comparable = [metric for metric in METRICS if metric != "lpips" or len(rows.nets) < 2]
     return {
-        "interval_name": NAME,
+        "interval_name": INTERVAL_NAME,
         "theme": theme,
         "style": style,
         "script": script,
@@ -127,13 +134,13 @@ def _shared(rows: Rows, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "config_text": _config_text,
         "duration": duration,
         "lpips_reason": lpips_reason,
-        "dash": NONE,
+        "dash": MISSING,
     }
 
 
 def _by_text(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """Return each text with the names of the rows that share it."""
-    return [(text, [name for _, name in own]) for text, own in grouped(pairs, lambda p: p[0]).items()]
+    return [(text, [name for _, name in own]) for text, own in group_by(pairs, lambda p: p[0]).items()]
 
 
 def page_environment(templates: Path) -> Environment:

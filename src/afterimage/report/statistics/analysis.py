@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from afterimage.evaluation.intervals import NAME, Interval, interval, mean_interval
+from afterimage.evaluation.intervals import INTERVAL_NAME, Interval, interval, mean_interval
 from afterimage.report import rows as report
-from afterimage.report.rows import grouped
+from afterimage.report.rows import group_by
 from afterimage.report.statistics.hypotheses import (
     Architectures,
     Depth,
@@ -21,8 +21,8 @@ from afterimage.report.statistics.hypotheses import (
     falls_with_depth,
     resolution_dominates,
 )
-from afterimage.report.statistics.rows import Row, Setting, group_rows, matrix, without_random_controls
-from afterimage.report.statistics.tests import Comparison, compare, corrected
+from afterimage.report.statistics.rows import PooledRow, Setting, group_rows, matrix, without_random_controls
+from afterimage.report.statistics.tests import Comparison, compare, holm_correct
 from afterimage.runs.results import METRICS
 
 
@@ -98,7 +98,7 @@ class Analysis:
     say what was left out.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[PooledRow, ...]
     scores: tuple[Score, ...]
     depth: tuple[Depth, ...]
     resolution: tuple[Resolution, ...]
@@ -112,7 +112,7 @@ class Analysis:
     def as_dict(self) -> dict[str, Any]:
         """Return all fields but the rows as JSON values with their properties, and the intervals' name."""
         fields = (f.name for f in dataclasses.fields(self) if f.name != "rows")
-        return {"intervals": NAME} | {name: as_json(getattr(self, name)) for name in fields}
+        return {"intervals": INTERVAL_NAME} | {name: as_json(getattr(self, name)) for name in fields}
 
 
 def as_json(value: Any) -> Any:
@@ -145,7 +145,7 @@ def analyse(finished: Iterable[report.Row]) -> Analysis:
         results["efficiency"] += _efficiency(measured, [row for row in scored if not row.sources], metric)
         results["decoders"] += _decoders(measured, metric)
         results["fusions"] += _fusions(measured, metric)
-        single = grouped((row for row in measured if not row.fused), lambda row: row.setting)
+        single = group_by((row for row in measured if not row.fused), lambda row: row.setting)
         for _, own in sorted(single.items()):
             results["depth"].append(falls_with_depth(own, metric))
             results["resolution"].append(resolution_dominates(own, metric))
@@ -155,25 +155,25 @@ def analyse(finished: Iterable[report.Row]) -> Analysis:
     return Analysis(**{name: tuple(found) for name, found in results.items()})
 
 
-def _score(row: Row, metric: str) -> Score:
+def _score(row: PooledRow, metric: str) -> Score:
     _, values = matrix([row], metric)
     label, spread = row.setting or Setting("baseline"), row.seed_spread(metric)
     mean = mean_interval(values[:, 0], METRICS[metric].limits)
     return Score(row.name, label, metric, mean, len(row.runs), spread, row.runs)
 
 
-def _best_first(rows: list[Row], metric: str) -> list[Row]:
+def _best_first(rows: list[PooledRow], metric: str) -> list[PooledRow]:
     """Sort rows by their mean over the images that all of them have."""
     _, values = matrix(rows, metric)
     order = np.argsort(-METRICS[metric].sign * values.mean(axis=0), kind="stable")
     return [rows[i] for i in order]
 
 
-def _degradation(rows: list[Row], metric: str) -> list[Degradation]:
+def _degradation(rows: list[PooledRow], metric: str) -> list[Degradation]:
     """Compare best and worst layer of every encoder with two or more; rows have one setting and source."""
-    encoders = grouped(rows, lambda row: row.encoder).values()
+    encoders = group_by(rows, lambda row: row.encoder).values()
     ranked = [_best_first(layers, metric) for layers in encoders if len(layers) > 1]
-    runners = corrected([compare(layers[0], layers[1], metric) for layers in ranked])
+    runners = holm_correct([compare(layers[0], layers[1], metric) for layers in ranked])
     results = []
     for (best, *_, worst), runner_up in zip(ranked, runners, strict=True):
         _, values = matrix([best, worst], metric)
@@ -185,7 +185,7 @@ def _degradation(rows: list[Row], metric: str) -> list[Degradation]:
     return results
 
 
-def _efficiency(rows: list[Row], baselines: list[Row], metric: str) -> list[Efficiency]:
+def _efficiency(rows: list[PooledRow], baselines: list[PooledRow], metric: str) -> list[Efficiency]:
     """Compute quality per minute of training, per million decoder parameters and per thousand feature values."""
     floors = {r.data: r.mean(metric) for r in baselines if r.baseline == "mean"}
     nothing = 0.0 if METRICS[metric].higher_is_better and not floors else None
@@ -199,15 +199,15 @@ def _efficiency(rows: list[Row], baselines: list[Row], metric: str) -> list[Effi
     return results
 
 
-def _decoders(rows: list[Row], metric: str) -> list[DecoderRanking]:
+def _decoders(rows: list[PooledRow], metric: str) -> list[DecoderRanking]:
     """Rank the settings that decode the same features; all pairs of all rankings are one family of tests.
 
     Random controls are left out unless there is nothing else.
     """
-    groups = grouped(without_random_controls(rows) or rows, lambda row: (row.name, row.data)).values()
+    groups = group_by(without_random_controls(rows) or rows, lambda row: (row.name, row.data)).values()
     ranked = [_best_first(group, metric) for group in groups if len(group) > 1]
     pairs = [pair for group in ranked for pair in combinations(group, 2)]
-    family = iter(corrected([compare(a, b, metric, names=(a.setting, b.setting)) for a, b in pairs]))
+    family = iter(holm_correct([compare(a, b, metric, names=(a.setting, b.setting)) for a, b in pairs]))
     results = []
     for group in ranked:
         own = tuple(islice(family, len(group) * (len(group) - 1) // 2))
@@ -216,7 +216,7 @@ def _decoders(rows: list[Row], metric: str) -> list[DecoderRanking]:
     return results
 
 
-def _fusions(rows: list[Row], metric: str) -> list[Comparison]:
+def _fusions(rows: list[PooledRow], metric: str) -> list[Comparison]:
     """Compare each fusion with its best single member, among those decoded alike where there are any."""
     family = []
     for fused in (row for row in rows if row.fused):
@@ -227,4 +227,4 @@ def _fusions(rows: list[Row], metric: str) -> list[Comparison]:
             best = _best_first(alike or members, metric)[0]
             names = (f"{fused.name} with {fused.setting}", f"{best.name} with {best.setting}")
             family.append(compare(fused, best, metric, names=names))
-    return corrected(family)
+    return holm_correct(family)

@@ -9,15 +9,15 @@ import numpy as np
 from scipy import stats
 
 from afterimage.evaluation.intervals import Interval, interval, mean_interval
-from afterimage.report.rows import grouped
-from afterimage.report.statistics.rows import Row, Setting, matrix
+from afterimage.report.rows import group_by
+from afterimage.report.statistics.rows import PooledRow, Setting, matrix
 from afterimage.report.statistics.tests import (
     ALPHA,
     Comparison,
     compare,
-    corrected,
     epsilon_squared,
     holm,
+    holm_correct,
     kendall_within,
     separable,
     spearman,
@@ -84,18 +84,18 @@ class Depth(Hypothesis):
     claim: str = "quality falls monotonically with depth"
 
 
-def falls_with_depth(rows: list[Row], metric: str) -> Depth:
+def falls_with_depth(rows: list[PooledRow], metric: str) -> Depth:
     """Test H1 on every step from layer to layer of every encoder, as one family of tests.
 
     `rows` are one or more, of one setting, with one source each.
     """
-    encoders = grouped(sorted(rows, key=lambda r: r.order), lambda r: r.encoder)
+    encoders = group_by(sorted(rows, key=lambda r: r.order), lambda r: r.encoder)
     encoders = {name: layers for name, layers in encoders.items() if len(layers) > 1}
     if not encoders:
         reason = "needs two or more layers of one encoder, decoded alike"
         return Depth(metric, rows[0].setting, UNTESTABLE, DEPTH_RULE, reason, ())
 
-    steps = corrected(
+    steps = holm_correct(
         [compare(deep, shallow, metric) for layers in encoders.values() for shallow, deep in pairwise(layers)]
     )
     ordered = iter(steps)
@@ -114,7 +114,7 @@ def falls_with_depth(rows: list[Row], metric: str) -> Depth:
     return Depth(metric, rows[0].setting, verdict, DEPTH_RULE, reason, tuple(results))
 
 
-def _encoder(name: str, layers: list[Row], steps: list[Comparison], metric: str) -> DepthOfEncoder:
+def _encoder(name: str, layers: list[PooledRow], steps: list[Comparison], metric: str) -> DepthOfEncoder:
     _, scores = matrix(layers, metric)
     quality = METRICS[metric].sign * scores
     tau, tau_p = stats.kendalltau(np.arange(len(layers)), quality.mean(axis=0))
@@ -190,7 +190,7 @@ def no_partial(layers: int) -> str:
     return "channels and locations cannot be told apart over these layers"
 
 
-def resolution_dominates(rows: list[Row], metric: str) -> Resolution:
+def resolution_dominates(rows: list[PooledRow], metric: str) -> Resolution:
     """Test H2. `rows` are one or more, of one setting, with one source each."""
     locations = np.array([row.locations for row in rows], dtype=float)
     if len(rows) < 4 or len(set(locations)) < 2:
@@ -222,11 +222,11 @@ def resolution_dominates(rows: list[Row], metric: str) -> Resolution:
     )  # fmt: skip
 
 
-def _pairs(rows: list[Row], metric: str) -> tuple[MatchedPair, ...]:
+def _pairs(rows: list[PooledRow], metric: str) -> tuple[MatchedPair, ...]:
     """Compare every two layers of one resolution, finest first, as one family of tests."""
     matched = [(a, b) for a, b in combinations(rows, 2) if (a.height, a.width) == (b.height, b.width)]
     matched.sort(key=lambda pair: -pair[0].locations)
-    family = corrected([compare(a, b, metric) for a, b in matched])
+    family = holm_correct([compare(a, b, metric) for a, b in matched])
     return tuple(
         MatchedPair(a.height, a.width, a.encoder == b.encoder, comparison)
         for (a, b), comparison in zip(matched, family, strict=True)
@@ -276,12 +276,12 @@ class Architectures(Hypothesis):
     claim: str = "different architectures keep different things"
 
 
-def architectures_differ(rows: list[Row], metric: str) -> Architectures:
+def architectures_differ(rows: list[PooledRow], metric: str) -> Architectures:
     """Test H3 on every pair of encoders at every resolution, as one family of tests.
 
     `rows` are one or more, of one setting, with one source each.
     """
-    first: dict[tuple[int, int], dict[str, Row]] = {}
+    first: dict[tuple[int, int], dict[str, PooledRow]] = {}
     for row in sorted(rows, key=lambda r: r.order):
         first.setdefault((row.height, row.width), {}).setdefault(row.encoder, row)
     matched = [
@@ -293,7 +293,7 @@ def architectures_differ(rows: list[Row], metric: str) -> Architectures:
         reason = "needs layers of one resolution from two or more encoders, decoded alike"
         return Architectures(metric, rows[0].setting, UNTESTABLE, ARCHITECTURES_RULE, reason)
 
-    family = corrected([compare(a, b, metric) for _, a, b in matched])
+    family = holm_correct([compare(a, b, metric) for _, a, b in matched])
     apart = [c for c in family if c.better]
     clear = [c for c in apart if not c.explained_by_capacity]
     equal = sum(c.matched_capacity for c in family)

@@ -11,7 +11,7 @@ import numpy as np
 
 from afterimage.config import RANDOM_WEIGHTS, short_names, split_source
 from afterimage.report import rows as report
-from afterimage.report.rows import grouped
+from afterimage.report.rows import group_by
 from afterimage.runs.results import METRICS
 
 Scores = dict[str, float]  # image id -> score
@@ -30,7 +30,7 @@ class Setting(str):
 
 
 @dataclass(frozen=True)
-class Row:
+class PooledRow:
     """One line of a study's table: the runs that differ in nothing but the seed.
 
     `scores[metric][image]` is the mean over seeds, so statistics on it generalise over images for the seeds
@@ -79,14 +79,14 @@ class Row:
         return float(np.std(means, ddof=1)) if len(means) > 1 else None
 
 
-def matrix(rows: list[Row], metric: str) -> tuple[list[str], np.ndarray]:
+def matrix(rows: list[PooledRow], metric: str) -> tuple[list[str], np.ndarray]:
     """Return the sorted ids of the images that every row has, and their scores `(images, rows)`."""
     common = set.intersection(*(set(row.scores[metric]) for row in rows))
     ids = sorted(common)
     return ids, np.array([[row.scores[metric][i] for row in rows] for i in ids]).reshape(len(ids), len(rows))
 
 
-def group_rows(rows: Iterable[report.Row]) -> tuple[list[Row], list[str]]:
+def group_rows(rows: Iterable[report.Row]) -> tuple[list[PooledRow], list[str]]:
     """Merge runs that differ in nothing but the seed.
 
     Returns:
@@ -100,8 +100,8 @@ def group_rows(rows: Iterable[report.Row]) -> tuple[list[Row], list[str]]:
             f"LPIPS is not compared: it was measured with different networks ({', '.join(networks)})"
         )
     metrics = [metric for metric in METRICS if metric != "lpips" or len(networks) < 2]
-    alike = grouped(
-        rows, lambda row: json.dumps(_asked(row) | {"test": row.data.test_digest}, sort_keys=True)
+    alike = group_by(
+        rows, lambda row: json.dumps(_merge_settings(row) | {"test": row.data.test_digest}, sort_keys=True)
     )
     merged = []
     for row in (_merged(group, metrics) for group in alike.values()):
@@ -109,10 +109,10 @@ def group_rows(rows: Iterable[report.Row]) -> tuple[list[Row], list[str]]:
             merged.append(row)
         else:
             notes.append(f"{row.runs[0]} is left out: it has scores for fewer than 2 images")
-    return named(merged), notes
+    return label_settings(merged), notes
 
 
-def _asked(row: report.Row) -> dict[str, Any]:
+def _merge_settings(row: report.Row) -> dict[str, Any]:
     """Return the settings of a run and facts of its data, without the seed and the settings of LPIPS."""
     if row.is_baseline:
         return {"baseline": row.settings["baseline"]}
@@ -120,7 +120,7 @@ def _asked(row: report.Row) -> dict[str, Any]:
     return settings | {"digest": row.data.digest, "train": row.data.train}
 
 
-def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
+def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> PooledRow:
     first = group[0]
     scores, seed_means = {}, {}
     for metric in metrics:
@@ -132,7 +132,7 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
     model, layer = split_source(first.sources[0]) if first.sources else ("", "")
     shape = ("order", "channels", "height", "width")
     seconds = [row.train_seconds for row in group]
-    return Row(
+    return PooledRow(
         name=first.label,
         encoder=model,
         layer=layer,
@@ -147,7 +147,7 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> Row:
         runs=tuple(row.run.name for row in group),
         scores=scores,
         seed_means=seed_means,
-        config=_asked(first) | {"origin": first.origin},
+        config=_merge_settings(first) | {"origin": first.origin},
     )
 
 
@@ -156,16 +156,16 @@ def without_random_controls(results: Iterable[Any]) -> list[Any]:
     return [result for result in results if not result.setting.control]
 
 
-def named(rows: list[Row]) -> list[Row]:
+def label_settings(rows: list[PooledRow]) -> list[PooledRow]:
     """Give rows short names, and settings labels in which different ones differ."""
     short = short_names(split_source(source)[0] for row in rows for source in row.sources)
     decoded = [row for row in rows if row.sources]
-    settings: list[tuple[dict[str, Any], list[Row]]] = []
-    for members in grouped(decoded, lambda row: _key(_setting(row.config))).values():
+    settings: list[tuple[dict[str, Any], list[PooledRow]]] = []
+    for members in group_by(decoded, lambda row: _key(_setting(row.config))).values():
         sources = [row.sources for row in members if not row.fused]
         # Recipes split a setting only where one layer was trained with several.
-        detail = _flat if len(set(sources)) < len(sources) else _setting
-        fine = grouped(members, lambda row, detail=detail: _key(detail(row.config)))
+        detail = _detailed_setting if len(set(sources)) < len(sources) else _setting
+        fine = group_by(members, lambda row, detail=detail: _key(detail(row.config)))
         settings += [(json.loads(key), own) for key, own in fine.items()]
 
     renamed = [row for row in rows if not row.sources]
@@ -182,7 +182,7 @@ def _key(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def _fused(row: Row, rows: Sequence[Row]) -> str:
+def _fused(row: PooledRow, rows: Sequence[PooledRow]) -> str:
     """Write `attention fusion at 28x28`, with channels where fusions of this name and size differ in them."""
     fusion = row.config["fusion"]
     name, size = fusion["name"], fusion.get("size")
@@ -205,7 +205,7 @@ def _setting(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def _detailed_setting(config: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {k: v for k, v in config["recipe"].items() if k != "loss"}
     # Without the fusion: a fused row is compared with single rows that are decoded alike.
     images = {f"data.{key}": value for key, value in config["data"].items() if key != "limit_train"}

@@ -11,7 +11,7 @@ from scipy import special, stats
 
 from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import CONFIDENCE, Interval, mean_interval
-from afterimage.report.statistics.rows import Row, matrix
+from afterimage.report.statistics.rows import PooledRow, matrix
 from afterimage.runs.results import METRICS
 
 _PERMUTATIONS = 10_000
@@ -184,11 +184,11 @@ class Comparison:
         return not self.matched_capacity and (gap > 0 if self.better == "a" else gap < 0)
 
 
-def compare(a: Row, b: Row, metric: str, *, names: tuple[str, str] | None = None) -> Comparison:
+def compare(a: PooledRow, b: PooledRow, metric: str, *, names: tuple[str, str] | None = None) -> Comparison:
     """Compare two rows, under their own names or these, over the images that both have scores for.
 
     Returns:
-        the comparison, whose `p_holm` is `p` until `corrected` sets it once the family is known
+        the comparison, whose `p_holm` is `p` until `holm_correct` sets it once the family is known
 
     Raises:
         AfterimageError: the rows share fewer than two images
@@ -226,7 +226,7 @@ def compare(a: Row, b: Row, metric: str, *, names: tuple[str, str] | None = None
     )
 
 
-def corrected(family: list[Comparison]) -> list[Comparison]:
+def holm_correct(family: list[Comparison]) -> list[Comparison]:
     """Correct the p-values of a family of comparisons (Holm 1979)."""
     adjusted = holm([c.p for c in family])
     return [replace(c, p_holm=float(p)) for c, p in zip(family, adjusted, strict=True)]

@@ -10,20 +10,20 @@ from torch import nn
 
 from afterimage.analysis.audit.defences.parts import (
     PCA,
+    DefenceStep,
     Drop,
     Map,
     Noise,
     OneBit,
-    Part,
     Pool,
     Quantise,
     Shuffle,
     TopK,
-    Wire,
+    TransmissionCost,
 )
-from afterimage.config import AfterimageError, FeatureSpec, unknown
+from afterimage.config import AfterimageError, FeatureSpec, unknown_choice_error
 
-DEFENCES: dict[str, type[Part]] = {
+DEFENCES: dict[str, type[DefenceStep]] = {
     "noise": Noise, "int": Quantise, "1bit": OneBit, "topk": TopK, "pca": PCA, "drop": Drop, "pool": Pool,
     "shuffle": Shuffle,
 }  # fmt: skip
@@ -42,12 +42,12 @@ class Defence(nn.Module):
         parts: the parts, from left to right
     """
 
-    def __init__(self, name: str, spec: FeatureSpec, parts: Sequence[Part]) -> None:
+    def __init__(self, name: str, spec: FeatureSpec, parts: Sequence[DefenceStep]) -> None:
         super().__init__()
         self.name, self.spec, self.parts = name, spec, nn.ModuleList(parts)
         self.register_buffer("fitted", torch.tensor(not any(part.learns for part in parts)))
         self.sent_spec = parts[-1].sent if parts else spec
-        plain = wire = Wire(spec.values)
+        plain = wire = TransmissionCost(spec.values)
         for part in parts:
             wire = part.wire(wire)
         self.plain_bytes, self.sent_bytes = plain.bytes, wire.bytes
@@ -114,18 +114,18 @@ def create_defence(
     Raises:
         AfterimageError: a part is unknown or its argument is out of range; the message lists what is valid
     """
-    parts: list[Part] = []
+    parts: list[DefenceStep] = []
     for word in [] if text.strip() == "none" else text.split("+"):
         parts.append(_part(word.strip(), parts[-1].sent if parts else spec, seed, image_size))
     return Defence(text, spec, parts)
 
 
-def _part(word: str, spec: FeatureSpec, seed: int, image_size: tuple[int, int] | None) -> Part:
+def _part(word: str, spec: FeatureSpec, seed: int, image_size: tuple[int, int] | None) -> DefenceStep:
     if match := re.fullmatch(r"int(\d+)", word):
         return Quantise(spec, int(match[1]))
     name, colon, argument = word.partition(":")
     if name not in DEFENCES or name == "int":
-        raise unknown("defence", word, ["none", *(cls.usage for cls in DEFENCES.values())])
+        raise unknown_choice_error("defence", word, ["none", *(cls.usage for cls in DEFENCES.values())])
     cls = DEFENCES[name]
     if bool(colon) != (":" in cls.usage):
         raise AfterimageError(f"the defence {word!r} is incomplete or too long; write {cls.usage}")

@@ -17,7 +17,7 @@ Map = Float[Tensor, "batch _ _ _"]
 
 
 @dataclass(frozen=True)
-class Wire:
+class TransmissionCost:
     """Cost of sending one image's features: number of values, bits of each, and total bits of their indices."""
 
     values: int
@@ -30,7 +30,7 @@ class Wire:
         return math.ceil((self.values * self.bits + self.index_bits) / 8)
 
 
-class Part(nn.Module):
+class DefenceStep(nn.Module):
     """Part of a defence: one step on one feature map.
 
     Attributes:
@@ -66,24 +66,24 @@ class Part(nn.Module):
         """Return features of the original shape from sent ones."""
         return sent
 
-    def wire(self, wire: Wire) -> Wire:
+    def wire(self, wire: TransmissionCost) -> TransmissionCost:
         """Return the cost after this part from the cost before it."""
         return wire
 
 
-def number(part: Part, value: int | float, low: float, high: float) -> float:
+def check_number(part: DefenceStep, value: int | float, low: float, high: float) -> float:
     """Return a part's argument as a float; raise an `AfterimageError` unless `low < value <= high`."""
     if not (math.isfinite(value) and low < value <= high):
         raise AfterimageError(f"{type(part).__name__.lower()}:{value:g} is out of range; write {part.usage}")
     return float(value)
 
 
-def by_channel(values: Tensor, maps: Tensor) -> Tensor:
+def broadcast_channels(values: Tensor, maps: Tensor) -> Tensor:
     """Reshape one value per channel `(C,)` for broadcasting over maps `(B, C, h, w)`, on their device."""
     return values.to(maps.device)[:, None, None]
 
 
-class Noise(Part):
+class Noise(DefenceStep):
     """Gaussian noise of `scale` times each channel's standard deviation over images and locations.
 
     Noise is drawn anew on every call, so a receiver can average it away if an image is sent several times.
@@ -95,7 +95,7 @@ class Noise(Part):
 
     def __init__(self, spec: FeatureSpec, scale: int | float) -> None:
         super().__init__(spec)
-        self.scale = number(self, scale, 0.0, math.inf)
+        self.scale = check_number(self, scale, 0.0, math.inf)
         self.register_buffer("std", torch.ones(spec.channels))
 
     def learn(self, maps: Map) -> None:
@@ -104,13 +104,13 @@ class Noise(Part):
 
     def encode(self, maps: Map) -> Map:
         drawn = torch.randn(maps.shape, generator=self.generator).to(maps)
-        return maps + self.scale * by_channel(self.std, maps) * drawn
+        return maps + self.scale * broadcast_channels(self.std, maps) * drawn
 
-    def wire(self, wire: Wire) -> Wire:
-        return Wire(self.spec.values)
+    def wire(self, wire: TransmissionCost) -> TransmissionCost:
+        return TransmissionCost(self.spec.values)
 
 
-class Shuffle(Part):
+class Shuffle(DefenceStep):
     """Random order of the locations, new for each image; the channels of a location stay together.
 
     `decode` does not undo it, since the order is not stored. It hardly affects networks that ignore
@@ -128,7 +128,7 @@ class Shuffle(Part):
         return maps.flatten(2).gather(2, order).view_as(maps)
 
 
-class Quantise(Part):
+class Quantise(DefenceStep):
     """Uniform quantisation to `bits` bits between each channel's smallest and largest value in `fit`.
 
     Inside that range the error is at most half a step, `(max - min) / (2^bits - 1) / 2`; values outside it
@@ -154,21 +154,21 @@ class Quantise(Part):
 
     def codes(self, maps: Map) -> Tensor:
         """Return the integers to send, from 0 to 2^bits - 1, `(B, C, h, w)`."""
-        scaled = (maps - by_channel(self.low, maps)) / by_channel(self.step, maps)
+        scaled = (maps - broadcast_channels(self.low, maps)) / broadcast_channels(self.step, maps)
         return scaled.round().clamp(0, 2**self.bits - 1).to(torch.int32)
 
     def values(self, codes: Tensor) -> Map:
         """Return the feature values of codes."""
-        return codes * by_channel(self.step, codes) + by_channel(self.low, codes)
+        return codes * broadcast_channels(self.step, codes) + broadcast_channels(self.low, codes)
 
     def encode(self, maps: Map) -> Map:
         return _StraightThrough.apply(maps, self.values(self.codes(maps)).to(maps.dtype))
 
-    def wire(self, wire: Wire) -> Wire:
+    def wire(self, wire: TransmissionCost) -> TransmissionCost:
         return replace(wire, bits=self.bits)
 
 
-class OneBit(Part):
+class OneBit(DefenceStep):
     """One bit per value, set above its channel's mean; it decodes to the mean of all values on that side.
 
     This is the two-level quantiser with the means of the two sides as levels (Lloyd 1982, eq. 5, with the
@@ -194,11 +194,11 @@ class OneBit(Part):
             getattr(self, name).copy_(torch.where(count > 0, level, mean))
 
     def encode(self, maps: Map) -> Map:
-        high = maps > by_channel(self.threshold, maps)
-        levels = torch.where(high, by_channel(self.above, maps), by_channel(self.below, maps))
+        high = maps > broadcast_channels(self.threshold, maps)
+        levels = torch.where(high, broadcast_channels(self.above, maps), broadcast_channels(self.below, maps))
         return _StraightThrough.apply(maps, levels.to(maps.dtype))
 
-    def wire(self, wire: Wire) -> Wire:
+    def wire(self, wire: TransmissionCost) -> TransmissionCost:
         return replace(wire, bits=1)
 
 
@@ -214,7 +214,7 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-class TopK(Part):
+class TopK(DefenceStep):
     """The `k` values of largest magnitude of each image; the others become 0.
 
     Indices are sent along: as numbers, or as one bit for each value of the map if that is shorter.
@@ -225,7 +225,9 @@ class TopK(Part):
     def __init__(self, spec: FeatureSpec, keep: int | float) -> None:
         super().__init__(spec)
         most = spec.values
-        self.k = int(keep) if isinstance(keep, int) else max(1, round(number(self, keep, 0.0, 1.0) * most))
+        self.k = (
+            int(keep) if isinstance(keep, int) else max(1, round(check_number(self, keep, 0.0, 1.0) * most))
+        )
         if not 1 <= self.k <= most:
             raise AfterimageError(
                 f"topk:{keep} of {spec.source}, which has {most:,} values; write {self.usage}"
@@ -236,12 +238,12 @@ class TopK(Part):
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.abs().topk(self.k).indices, True)
         return torch.where(kept, flat, torch.zeros_like(flat)).view_as(maps)
 
-    def wire(self, wire: Wire) -> Wire:
+    def wire(self, wire: TransmissionCost) -> TransmissionCost:
         places = min(self.k * math.ceil(math.log2(self.spec.values)), self.spec.values)
-        return Wire(self.k, wire.bits, places)
+        return TransmissionCost(self.k, wire.bits, places)
 
 
-class PCA(Part):
+class PCA(DefenceStep):
     """The first `dimensions` principal components of the channels; each location of each image is a sample.
 
     `decode` returns the best linear approximation of that rank to the features in `fit` (Pearson 1901).
@@ -270,16 +272,16 @@ class PCA(Part):
         self.components.copy_(torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : len(self.components)].T)
 
     def encode(self, maps: Map) -> Map:
-        return torch.einsum("dc,bchw->bdhw", self.components, maps - by_channel(self.mean, maps))
+        return torch.einsum("dc,bchw->bdhw", self.components, maps - broadcast_channels(self.mean, maps))
 
     def decode(self, sent: Map) -> Map:
         return torch.einsum("dc,bdhw->bchw", self.components, sent) + self.mean[:, None, None]
 
-    def wire(self, wire: Wire) -> Wire:
-        return Wire(self.sent.values)
+    def wire(self, wire: TransmissionCost) -> TransmissionCost:
+        return TransmissionCost(self.sent.values)
 
 
-class Drop(Part):
+class Drop(DefenceStep):
     """All channels but a fixed random share of them; `decode` replaces the others by their means."""
 
     usage = "drop:FRACTION (of the channels, for example drop:0.5)"
@@ -288,7 +290,7 @@ class Drop(Part):
 
     def __init__(self, spec: FeatureSpec, fraction: int | float, seed: int = 0) -> None:
         super().__init__(spec)
-        kept = spec.channels - round(number(self, fraction, 0.0, 1.0) * spec.channels)
+        kept = spec.channels - round(check_number(self, fraction, 0.0, 1.0) * spec.channels)
         if kept < 1:
             raise AfterimageError(
                 f"drop:{fraction} leaves none of the {spec.channels} channels of {spec.source}"
@@ -306,13 +308,13 @@ class Drop(Part):
 
     def decode(self, sent: Map) -> Map:
         shape = (len(sent), self.spec.channels, *sent.shape[2:])
-        return by_channel(self.mean, sent).to(sent.dtype).expand(shape).index_copy(1, self.kept, sent)
+        return broadcast_channels(self.mean, sent).to(sent.dtype).expand(shape).index_copy(1, self.kept, sent)
 
-    def wire(self, wire: Wire) -> Wire:
-        return Wire(self.sent.values, wire.bits)
+    def wire(self, wire: TransmissionCost) -> TransmissionCost:
+        return TransmissionCost(self.sent.values, wire.bits)
 
 
-class Pool(Part):
+class Pool(DefenceStep):
     """Means over squares of `size` x `size` locations, which `decode` upsamples bilinearly.
 
     If the size does not divide the map, the last squares hold fewer locations. The sent map then extends
@@ -356,5 +358,5 @@ class Pool(Part):
         enlarged = F.interpolate(sent, whole, mode="bilinear", align_corners=False)
         return enlarged[..., : self.spec.height, : self.spec.width]
 
-    def wire(self, wire: Wire) -> Wire:
-        return Wire(self.sent.values)
+    def wire(self, wire: TransmissionCost) -> TransmissionCost:
+        return TransmissionCost(self.sent.values)

@@ -9,7 +9,7 @@ from afterimage.config import NATIVE, AfterimageError, DataConfig, size_text, sp
 from afterimage.models.encoders.providers.base import Network
 from afterimage.models.encoders.providers.diffusers import DiffusersNetwork
 from afterimage.models.encoders.providers.open_clip import OpenClipNetwork
-from afterimage.models.encoders.providers.python import OwnNetwork
+from afterimage.models.encoders.providers.python import CustomNetwork
 from afterimage.models.encoders.providers.timm import TimmNetwork
 from afterimage.models.encoders.providers.torchvision import TorchvisionNetwork
 from afterimage.models.encoders.providers.transformers import TransformersNetwork
@@ -20,7 +20,7 @@ NETWORKS: dict[str, type[Network]] = {
     "transformers": TransformersNetwork,
     "open_clip": OpenClipNetwork,
     "diffusers": DiffusersNetwork,
-    "python": OwnNetwork,
+    "python": CustomNetwork,
 }
 """Network class of each provider; `config.PROVIDERS` lists the providers without importing torch."""
 
@@ -41,7 +41,7 @@ def open_network(model: str) -> Network:
     return NETWORKS[provider].open(name)
 
 
-def resolve(source: str) -> str:
+def resolve_source(source: str) -> str:
     """Pin the tag of the weights in `[provider/]model:layer`: `vgg16:block1` becomes `vgg16.tv_in1k:block1`.
 
     The layer is not checked until it is measured.

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from afterimage.config import AfterimageError, listed
+from afterimage.config import AfterimageError, join_names
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.weight_files import NamedTensors, read_named_tensors
-from afterimage.models.weights import Weights, best_match, nearest
+from afterimage.models.weights import Weights, best_match, most_similar_name
 
 State = Mapping[str, Tensor]
 Convert = Callable[[dict[str, Tensor]], State]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLOSED = 0.2
+CLOSED_GAIN = 0.2
 """Factor or gain below which a branch is closed. LayerScale starts at 0.1 at most, and weights with a
 standard deviation of 0.02 have a smaller gain for up to 99 inputs; the next larger gain in timm's networks is
 0.28 (192 inputs at 0.02).
@@ -41,7 +41,7 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-class Blank(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Context that skips random draws of parameters, which take longer than the rest of a network's construction.
 
     For networks whose parameters are loaded afterwards, or never read.
@@ -182,7 +182,7 @@ class Network(abc.ABC):
                 file
         """
         file = read_named_tensors(weights.file)
-        with seeded(0), Blank():
+        with seeded(0), SkipInit():
             module = self.create(image_size)
         return module, self.load_tensors(module, image_size, file, used, self.convert(module, image_size))
 
@@ -205,10 +205,10 @@ class Network(abc.ABC):
             file, own, required, lambda state: _fit(name, convert, state, own, file.file)
         )
         if match.missing:
-            like = nearest(file, match.missing[0])
+            like = most_similar_name(file, match.missing[0])
             hint = f"; most like {match.missing[0]} is {like}" if like else ""
             raise AfterimageError(
-                f"{file.file} lacks {listed(match.missing)}, which the layers in use of {name} read; "
+                f"{file.file} lacks {join_names(match.missing)}, which the layers in use of {name} read; "
                 f"{file.holds()}{hint}"
             )
         read = {key for names in used for key in names}
@@ -226,10 +226,10 @@ class Network(abc.ABC):
                 if self.has_fixed_size and native != image_size
                 else ""
             )
-            raise AfterimageError(f"{file.file} does not fit {name}: {listed(wrong)}{resized}")
+            raise AfterimageError(f"{file.file} does not fit {name}: {join_names(wrong)}{resized}")
         broken = [key for key in known if key in read and not known[key].sum(dtype=torch.float32).isfinite()]
         if broken:
-            raise AfterimageError(f"{file.file} holds values that are not finite, in {listed(broken)}")
+            raise AfterimageError(f"{file.file} holds values that are not finite, in {join_names(broken)}")
         module.load_state_dict(
             {key: value for key, value in known.items() if key not in misfits}, strict=False
         )
@@ -251,7 +251,7 @@ def open_branches(model: nn.Module, factors: Collection[str], matrices: Collecti
     inputs. Such a network passes on little more than the output of its stem and its downsampling.
 
     A parameter that multiplies features, elementwise or as a norm's weight, and has the same value below
-    `CLOSED` everywhere is set to 1. A matrix or convolution whose gain is below `CLOSED` is scaled to gain 1,
+    `CLOSED_GAIN` everywhere is set to 1. A matrix or convolution whose gain is below `CLOSED_GAIN` is scaled to gain 1,
     where the gain is the root mean square times the square root of the number of inputs. Parameters that are
     added (biases, position embeddings, class tokens) close nothing and stay unchanged. The result depends
     only on the parameters.
@@ -264,21 +264,21 @@ def open_branches(model: nn.Module, factors: Collection[str], matrices: Collecti
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in factors and parameter.amin() == parameter.amax():
-                if parameter.amax().abs() < CLOSED:
+                if parameter.amax().abs() < CLOSED_GAIN:
                     parameter.fill_(1)
             elif name in matrices and parameter.ndim > 1:
                 gain = parameter.double().square().mean().sqrt().item() * math.sqrt(parameter[0].numel())
-                if 0 < gain < CLOSED:
+                if 0 < gain < CLOSED_GAIN:
                     parameter.mul_(1 / gain)
 
 
-def pools_of(module: nn.Module) -> dict[str, str]:
+def vgg_pool_aliases(module: nn.Module) -> dict[str, str]:
     """Return the published study's names of a VGG's pooled outputs, `block1` to `block5`."""
     pools = [f"features.{i}" for i, m in module.features.named_children() if isinstance(m, nn.MaxPool2d)]
     return {f"block{n}": path for n, path in enumerate(pools, start=1)}
 
 
-def one_for_each(values: Sequence[float | int], channels: int, name: str) -> tuple[float, ...]:
+def per_channel_values(values: Sequence[float | int], channels: int, name: str) -> tuple[float, ...]:
     """Return a network's means or standard deviations (`name` says which) per channel; one channel gets their mean.
 
     Raises:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from afterimage.config import AfterimageError, absolute_model, listed
-from afterimage.models.autoencoders import Autoencoder, ToLatents
+from afterimage.config import AfterimageError, absolute_model, join_names
+from afterimage.models.autoencoders import Autoencoder, LatentEncoder
 from afterimage.models.encoders.providers.base import Network
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.weights import Weights
@@ -40,7 +40,7 @@ class DiffusersNetwork(Network):
         return cls(name, (mean,) * 3, (std,) * 3, size, autoencoder=found)
 
     def build(self, image_size: Size) -> nn.Module:
-        return ToLatents(self.autoencoder.create())
+        return LatentEncoder(self.autoencoder.create())
 
     def find_weights(self, weights: str | Path = "pretrained") -> Weights:
         return self.autoencoder.find_weights(weights)
@@ -48,11 +48,11 @@ class DiffusersNetwork(Network):
     def load(
         self, image_size: Size, weights: Weights, used: Sequence[tuple[str, ...]]
     ) -> tuple[nn.Module, str]:
-        module = ToLatents(self.autoencoder.load(weights)).eval()
+        module = LatentEncoder(self.autoencoder.load(weights)).eval()
         state = module.state_dict()
         broken = [names[0] for names in used if not state[names[0]].isfinite().all()]
         if broken:
-            raise AfterimageError(f"{weights.file} holds values that are not finite, in {listed(broken)}")
+            raise AfterimageError(f"{weights.file} holds values that are not finite, in {join_names(broken)}")
         return module, ""
 
     def aliases(self, module: nn.Module) -> dict[str, str]:

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from afterimage.config import HUB_PREFIX, AfterimageError, first_line, size_pair, unknown
+from afterimage.config import HUB_PREFIX, AfterimageError, first_line, size_pair, unknown_choice_error
 from afterimage.models.encoders.providers.base import Convert, Network
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library
 from afterimage.models.weights import Weights, search_weights
-from afterimage.runtime.hub import named_config
+from afterimage.runtime.hub import read_config
 
 CONFIG = "open_clip_config.json"
 """File in a hub repository that describes the network and the preparation of its images."""
@@ -50,7 +50,7 @@ class OpenClipNetwork(Network):
         name = re.sub(HUB_PREFIX, "", name)
         architecture, _, tag = (name, "", "") if "/" in name else name.partition("::")
         if "/" in name:
-            config = named_config(name, (CONFIG,))
+            config = read_config(name, (CONFIG,))
             prepared = config.get("preprocess_cfg") or {}
         else:
             if ":" in architecture:
@@ -58,12 +58,12 @@ class OpenClipNetwork(Network):
                     f"open_clip/{name}: write ARCHITECTURE::TAG:LAYER, for example ViT-B-32::openai:ln_post"
                 )
             if architecture not in open_clip.list_models():
-                raise unknown(
+                raise unknown_choice_error(
                     "open_clip model", architecture, ["OWNER/NAME of the hub", *open_clip.list_models()]
                 )
             tags = open_clip.list_pretrained_tags_by_model(architecture)
             if tag and tag not in tags:
-                raise unknown(f"weights' tag of open_clip/{architecture}", tag, tags)
+                raise unknown_choice_error(f"weights' tag of open_clip/{architecture}", tag, tags)
             # Without a tag, normalisation and size are those of the architecture's first published weights.
             prepared = open_clip.get_pretrained_cfg(architecture, tag or next(iter(tags), "")) or {}
             config = {"model_cfg": open_clip.get_model_config(architecture)}

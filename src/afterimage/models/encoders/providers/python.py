@@ -22,7 +22,7 @@ from afterimage.models.weights import Weights, search_weights
 
 
 @dataclass(frozen=True, eq=False)
-class OwnNetwork(Network):
+class CustomNetwork(Network):
     """A user's network, which brings its own weights.
 
     It describes itself by attributes that are numbers: `mean` and `std` (without them images reach it in [0,
@@ -39,7 +39,7 @@ class OwnNetwork(Network):
     prefix: int | None = None
 
     @classmethod
-    def open(cls, name: str) -> OwnNetwork:
+    def open(cls, name: str) -> CustomNetwork:
         """Import and call a factory.
 
         Args:
@@ -56,7 +56,7 @@ class OwnNetwork(Network):
             return replace(cls.of(call_factory(name), name), code=code)
 
     @classmethod
-    def of(cls, module: nn.Module, name: str = "own") -> OwnNetwork:
+    def of(cls, module: nn.Module, name: str = "own") -> CustomNetwork:
         """Return the description of a network by its attributes.
 
         Args:

@@ -17,20 +17,20 @@ from timm.models import PretrainedCfg, _builder, get_pretrained_cfg
 from timm.models._registry import _deprecated_models
 from torch import Tensor, nn
 
-from afterimage.config import HUB_PREFIX, AfterimageError, unknown
+from afterimage.config import HUB_PREFIX, AfterimageError, unknown_choice_error
 from afterimage.models.encoders.providers.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Blank,
     Network,
-    one_for_each,
-    pools_of,
+    SkipInit,
+    per_channel_values,
     seeded,
+    vgg_pool_aliases,
 )
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.weight_files import read_named_tensors
 from afterimage.models.weights import Weights, search_weights
-from afterimage.runtime.hub import named_config
+from afterimage.runtime.hub import read_config
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a hub repository."""
@@ -57,13 +57,15 @@ def resolve_model(name: str) -> str:
     tag = tag or current_tag
     if not timm.is_model(architecture):
         known = dict.fromkeys(model.partition(".")[0] for model in timm.list_models(pretrained=True))
-        raise unknown("model", name, [model for model in known if name.lower() in model] or known, limit=8)
+        raise unknown_choice_error(
+            "model", name, [model for model in known if name.lower() in model] or known, limit=8
+        )
     if not tag:
         config = get_pretrained_cfg(architecture)
         return f"{architecture}.{config.tag}" if config is not None and config.tag else architecture
     pinned, known = f"{architecture}.{tag}", _tags(architecture)
     if pinned not in known:
-        raise unknown("weights' tag", pinned, known or [architecture])
+        raise unknown_choice_error("weights' tag", pinned, known or [architecture])
     return pinned
 
 
@@ -92,7 +94,7 @@ def architecture(name: str) -> str:
     """
     if "/" not in name:
         return name.partition(".")[0]
-    config = named_config(name)
+    config = read_config(name)
     found = str(config.get("architecture", "")).partition(".")[0]
     if timm.is_model(found):
         return found
@@ -115,7 +117,7 @@ def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Old files have no separate table for the weights. Arguments that set the image size are left out, because
     `create_model` sets it. Missing entries take timm's defaults.
     """
-    config, known = named_config(name), {field.name for field in fields(PretrainedCfg)}
+    config, known = read_config(name), {field.name for field in fields(PretrainedCfg)}
     entries, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
     try:
         default = get_pretrained_cfg(architecture(name)) or PretrainedCfg()
@@ -126,7 +128,7 @@ def _repository(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         channels = arguments.get("in_chans", weights["input_size"][0])
         weights["input_size"] = (channels, *weights["input_size"][1:])
         for key in ("mean", "std"):
-            weights[key] = one_for_each(weights[key], channels, key)
+            weights[key] = per_channel_values(weights[key], channels, key)
         if len([float(value) for value in weights["input_size"]]) != 3:
             raise ValueError(f"input_size must be three numbers, got {weights['input_size']}")
         return weights, {key: value for key, value in arguments.items() if key != "img_size"}
@@ -150,8 +152,8 @@ class TimmNetwork(Network):
         channels = config.get("input_size", (3,))[0]
         return cls(
             name,
-            one_for_each(config.get("mean", IMAGENET_MEAN), channels, "mean"),
-            one_for_each(config.get("std", IMAGENET_STD), channels, "std"),
+            per_channel_values(config.get("mean", IMAGENET_MEAN), channels, "mean"),
+            per_channel_values(config.get("std", IMAGENET_STD), channels, "std"),
             tuple(config.get("input_size", (3, 224, 224))[-2:]),
             bool(config.get("fixed_input_size")),
             (classifiers,) if isinstance(classifiers, str) else tuple(classifiers),
@@ -198,7 +200,7 @@ class TimmNetwork(Network):
 
         # timm calls `load` in place of its own function, which is the only way to the model's filter. That
         # converts weights to the model's own names and shapes, and resamples position embeddings.
-        with _LOCK, mock.patch.object(_builder, "load_pretrained", load), seeded(0), Blank():
+        with _LOCK, mock.patch.object(_builder, "load_pretrained", load), seeded(0), SkipInit():
             return self.create(image_size, pretrained=True), notes[0]
 
     def prefix_tokens(self, module: nn.Module) -> int | None:
@@ -217,7 +219,7 @@ class TimmNetwork(Network):
         """
         name = architecture(self.name)
         if name.startswith("vgg"):
-            return pools_of(module)
+            return vgg_pool_aliases(module)
         if name.startswith("pvt_v2"):
             return {
                 f"stage{n}": f"stages.{i}" for n, (i, _) in enumerate(module.stages.named_children(), start=1)

@@ -11,8 +11,8 @@ from torch import nn
 from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from afterimage.config import unknown
-from afterimage.models.encoders.providers.base import Convert, Network, pools_of
+from afterimage.config import unknown_choice_error
+from afterimage.models.encoders.providers.base import Convert, Network, vgg_pool_aliases
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.weights import Weights, search_weights
 
@@ -41,10 +41,12 @@ class TorchvisionNetwork(Network):
         builder, _, tag = name.partition(".")
         known = [*models.list_models(module=models), *models.list_models(module=models.segmentation)]
         if builder not in known:
-            raise unknown("torchvision model", builder, known)
+            raise unknown_choice_error("torchvision model", builder, known)
         entries = models.get_model_weights(builder)
         if tag and tag not in entries.__members__:
-            raise unknown(f"weights' tag of torchvision/{builder}", tag, list(entries.__members__))
+            raise unknown_choice_error(
+                f"weights' tag of torchvision/{builder}", tag, list(entries.__members__)
+            )
         entry = entries[tag or "DEFAULT"]
         recipe = entry.transforms()
         side = (getattr(recipe, "crop_size", None) or recipe.resize_size)[0]
@@ -89,5 +91,5 @@ class TorchvisionNetwork(Network):
     def aliases(self, module: nn.Module) -> dict[str, str]:
         """Return names `block1` and on for VGG's pooled outputs, or `block0` and on for a ViT's blocks."""
         if self.builder.startswith("vgg"):
-            return pools_of(module)
+            return vgg_pool_aliases(module)
         return super().aliases(module)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from afterimage.config import AfterimageError, absolute_model, first_line, size_pair, split_provider
-from afterimage.models.encoders.providers.base import Convert, Network, one_for_each
+from afterimage.models.encoders.providers.base import Convert, Network, per_channel_values
 from afterimage.models.encoders.tensor_layout import Size
 from afterimage.models.factories import library, quiet
 from afterimage.models.weights import SNAPSHOT, Weights, search_weights
-from afterimage.runtime.hub import CONFIG, named_config
+from afterimage.runtime.hub import CONFIG, read_config
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files in a repository that describe the preparation of images."""
@@ -59,7 +59,7 @@ class TransformersNetwork(Network):
         """
         transformers = library("transformers")
         name = split_provider(absolute_model(f"transformers/{name}"))[1]
-        settings = named_config(name, (CONFIG,))
+        settings = read_config(name, (CONFIG,))
         kind = settings.get("model_type")
         if kind not in transformers.CONFIG_MAPPING:
             raise AfterimageError(
@@ -136,13 +136,13 @@ def _as_patches(module: nn.Module, args: tuple, options: dict[str, Any]) -> tupl
 
 def _preparation(name: str, config: Any) -> tuple[tuple[float, ...], tuple[float, ...], Size]:
     """Return the mean, the standard deviation and the image size of a repository's preparation of images."""
-    settings = named_config(name, PROCESSORS)
+    settings = read_config(name, PROCESSORS)
     settings = settings.get("image_processor", settings)
     try:
         channels = getattr(config, "num_channels", 3)
         if not settings.get("do_normalize", True):
             settings = {**settings, "image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
-        mean, std = (one_for_each(settings[key], channels, key) for key in ("image_mean", "image_std"))
+        mean, std = (per_channel_values(settings[key], channels, key) for key in ("image_mean", "image_std"))
         if min(std) <= 0:
             raise ValueError(f"image_std must be greater than 0, got {std}")
         size = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", None)
