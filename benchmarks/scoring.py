@@ -86,7 +86,7 @@ def write_weights(net: str, path: str) -> None:
 def ours(
     count: int, size: int, net: str, weights: str, runs: int = 1, accelerator: str = "cpu"
 ) -> dict[str, Any]:
-    """Score images by `Metrics.compare` in batches, as `evaluate_together` does.
+    """Score images by `Metrics.compare` in batches, as `evaluate_batches` does.
 
     Returns:
         seconds, seconds of the LPIPS network alone, and the scores of all images by metric

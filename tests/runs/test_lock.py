@@ -32,10 +32,10 @@ def start(function, *arguments, **options):
     return process
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, text="", seconds=60):
     until = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < until, f"{path} did not appear"
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < until, f"{path} did not appear, or never said {text!r}"
         time.sleep(0.01)
 
 
@@ -198,13 +198,9 @@ def test_processes_on_one_study_share_the_work_and_end_with_the_same_table(tmp_p
 def test_what_a_killed_process_had_is_taken_over_by_the_one_that_waits(tmp_path, alone):
     study = replace(STUDY, seeds=(1,), baselines=False)
     first = start(study_child, study, tmp_path / "shared", tmp_path / "cache", tmp_path / "log1", pause=20)
-    wait_for(tmp_path / "log1")
-    while "begins" not in (tmp_path / "log1").read_text():
-        time.sleep(0.01)
+    wait_for(tmp_path / "log1", "begins")
     second = start(study_child, study, tmp_path / "shared", tmp_path / "cache", tmp_path / "log2")
-    wait_for(tmp_path / "log2")
-    while "is left to process" not in (tmp_path / "log2").read_text():
-        time.sleep(0.01)
+    wait_for(tmp_path / "log2", "is left to process")
     first.kill()
     second.join(120)
     assert second.exitcode == 0 and f"taken over from process {first.pid}" in (tmp_path / "log2").read_text()

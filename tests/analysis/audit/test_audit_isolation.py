@@ -225,7 +225,7 @@ def test_costs_that_raise_leave_what_leaks(whole, cache, trained, monkeypatch):
 
 
 def test_test_images_that_one_attacker_cannot_take_end_it_alone(whole, cache, tmp_path, monkeypatch):
-    evaluate = attackers.evaluate_together
+    evaluate = attackers.evaluate_batches
 
     def raising(*arguments, names, **options):
         if any("wavelet on none of" in name for name in names):
