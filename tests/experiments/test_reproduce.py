@@ -101,15 +101,18 @@ def test_a_score_that_was_touched_up_does_not_hold(study, done, kind):
     write_csv(run.file("scores.csv"), rows)
     found = verdict(study, done, kind)
     assert not found.holds
-    assert any(
-        rows[0]["id"] in problem and "psnr differs by up to 0.02" in problem for problem in found.problems
-    )
-    assert any("summary.json and scores.csv do not agree about psnr" in problem for problem in found.problems)
+    (problem,) = found.problems
+    assert "summary.json and " in problem and "scores.csv do not agree about psnr" in problem
+    mean = sum(row["psnr"] for row in rows) / len(rows)
+    edit(run, "summary.json", lambda s: s["scores"]["psnr"].update(mean=mean))
+    (problem,) = verdict(study, done, kind).problems
+    assert rows[0]["id"] in problem and "psnr differs by up to 0.02" in problem
 
 
 def test_a_summary_that_was_touched_up_does_not_hold(study, done):
     edit(run_of(study, "linear"), "summary.json", lambda s: s["scores"]["ssim"].update(mean=0.99))
-    assert verdict(study, done).problems == ["summary.json and scores.csv do not agree about ssim"]
+    (problem,) = verdict(study, done).problems
+    assert "summary.json and " in problem and "scores.csv do not agree about ssim" in problem
 
 
 def test_other_weights_do_not_hold(study, done):

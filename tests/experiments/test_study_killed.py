@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from afterimage.report.rows import read_rows
+from afterimage.report.reading import read_rows
 from afterimage.report.tables import csv_table
 from afterimage.runs.run import scan
 from children import MODEL, context, small_images

@@ -161,7 +161,7 @@ def run(data: bytes) -> None:
     from afterimage.report.controls import control_findings
     from afterimage.report.page.images import collect_images, embed
     from afterimage.report.page.page import describe_rows
-    from afterimage.report.rows import read_rows
+    from afterimage.report.reading import read_rows
     from afterimage.report.tables import csv_table, latex_table, markdown_table
 
     with run_folder(data) as (hostile, good):

@@ -11,7 +11,7 @@ import afterimage
 import report_study
 from afterimage import AfterimageError
 from afterimage.report.page.images import collect_images
-from afterimage.report.rows import read_rows
+from afterimage.report.reading import read_rows
 from afterimage.report.write import write_report
 from afterimage.runs.files import read_csv, read_json, sha256
 from afterimage.runs.run import Run, scan

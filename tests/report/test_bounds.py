@@ -15,14 +15,16 @@ from afterimage.report.figures.depth import bound_by_depth
 from afterimage.report.figures.image_grid import LARGE, bound_images
 from afterimage.report.findings import compute_findings
 from afterimage.report.format import Finding, markdown_finding
-from afterimage.report.inversion import bound_findings, bound_rows
-from afterimage.report.rows import read_rows
+from afterimage.report.inversion import bound_findings, bound_rows, print_bounds
+from afterimage.report.reading import read_rows
+from afterimage.report.rows import Row
 from afterimage.report.tables import markdown_table
 from afterimage.report.write import write_report
+from afterimage.runs.files import write_csv
 from afterimage.runs.results import METRICS
 from drawn_text import faults, texts
 from page_in_browser import find, pixels, shown, write_page
-from report_study import RESNET, VIT, sample_image, write_baseline, write_run
+from report_study import RESNET, VIT, sample_image, write_baseline, write_fused, write_run
 from simulated_runs import edit, search
 
 pytest_plugins = ("page_fixtures",)
@@ -500,3 +502,75 @@ def test_the_terminal_shows_bounds_below_the_table(decoder, capsys):
     assert "refined" not in table and f"{found.result.scores['psnr'].mean:.2f}" in bounds
     print_table([decoder])
     assert "feature loss" not in capsys.readouterr().out
+
+
+def test_a_bound_of_another_decoder_is_left_out_and_named(decoder, tmp_path):
+    refined, estimate = search(decoder, "refined", REFINED), search(decoder, "estimate", ESTIMATE)
+    edit(refined, inversion__start_sha256="ab" * 32)
+    rows = read_rows([decoder, refined, estimate])
+    (bound,) = bounds_of(rows)
+    assert (bound.refined, bound.estimate.run) == (None, estimate) and len(rows.every) == 2
+    (told,) = [text for text in rows.warnings if "left out" in text]
+    assert refined.name in told and decoder.name in told and "SHA-256 abababababab then, unknown now" in told
+    report = write_report([decoder, refined], tmp_path / "out")["report.md"].read_text()
+    assert "What a layer keeps" not in report and "it started from another decoder" in report
+
+
+def test_of_runs_of_one_name_the_decoder_that_was_used_is_taken(decoder, tmp_path):
+    found = search(decoder, "refined", REFINED)
+    other = write_run(tmp_path / "other", RESNET[0], "layer3", features=RESNET[1]["layer3"], seed=42)
+    assert other.name == decoder.name
+    edit(other, training__decoder_sha256="cd" * 32)
+    (bound,) = bounds_of(read_rows([decoder, other, found]))
+    assert bound.decoder.run == decoder
+
+
+def test_scores_are_paired_on_the_same_images_alone(decoder):
+    found = search(decoder, "refined", REFINED, count=20)
+    (bound,) = bounds_of(read_rows([decoder, found]))
+    assert len(bound.missed("psnr")) == 20
+    edit(found, data__test_digest="of other images")
+    (bound,) = bounds_of(read_rows([decoder, found]))
+    assert bound.decoder.run == decoder and bound.missed("psnr") == {}
+
+
+def test_a_bound_may_have_a_metric_that_only_some_decoders_have(tmp_path):
+    runs = []
+    for i in range(4):
+        run = write_run(tmp_path, "m", f"layer{i}", features=(8, 14, 0.9 - i / 7), order=i, lpips="squeeze")
+        runs += [run, search(run, "refined", REFINED, count=20)]
+        if i < 2:
+            write_csv(run.file("scores.csv"), [{**row, "lpips": None} for row in run.result.per_image])
+            status = {"net": "alex", "available": False, "reason": "no weights", "weights": None}
+            edit(run, scores__lpips=None, lpips=status)
+    rows = read_rows(runs)
+    found = compute_findings(rows.all, bounds_of(rows))
+    assert found.problems == ()
+    assert not any("(LPIPS, linear)" in text for text in found.findings[0].paragraphs)
+    verdicts, steps = found.findings[0].tables[:2]
+    assert [row[0] for row in verdicts.rows] == ["PSNR", "SSIM", "LPIPS"] and verdicts.rows[2][3] == "–"
+    assert [row[0] for row in steps.rows] == ["PSNR"] * 3 + ["SSIM"] * 3
+
+
+def test_a_fused_bound_has_the_letter_and_the_text_of_its_decoder(tmp_path):
+    sources = (f"{RESNET[0]}:layer1", f"{VIT[0]}:blocks.0")
+    fused = write_fused(tmp_path, sources, [sample_image(0)])
+    rows = read_rows([fused, search(fused, "refined", REFINED), search(fused, "inversion", REFINED)])
+    refined, grey = sorted(rows.inversions, key=lambda row: row.fusion_letter)
+    (decoder,) = rows.decoders
+    assert refined.fusion_letter == decoder.fusion_letter == "A" and grey.fusion_letter == "B"
+    assert refined.fusion_text == decoder.fusion_text == "attention fusion, 256 channels at 8×8"
+    assert grey.fusion_text == "joint inversion"
+
+
+def test_bounds_of_several_seeds_name_theirs(tmp_path, capsys):
+    runs = []
+    for seed in (1, 2):
+        run = write_run(tmp_path, RESNET[0], "layer3", features=RESNET[1]["layer3"], seed=seed)
+        runs += [run, search(run, "refined", REFINED)]
+    assert [line[0] for line in lines(runs)][::3] == ["resnet34 layer3, seed 1", "resnet34 layer3, seed 2"]
+    print_table(runs)
+    told = capsys.readouterr().out
+    assert "linear + refined, seed 1" in told and "decoder, seed 2" not in told
+    print_bounds([row for row in map(Row.of, runs) if row.inversion])
+    assert f"linear + refined, from {runs[0].name[-8:]}" in capsys.readouterr().out

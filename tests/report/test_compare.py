@@ -7,7 +7,7 @@ from afterimage.config import AfterimageError
 from afterimage.report.compare import compare, entries, read_atlas, standings_table
 from afterimage.report.figures.scatter import ranking_figure
 from afterimage.report.figures.style import style
-from afterimage.report.rows import read_rows
+from afterimage.report.reading import read_rows
 from afterimage.report.tables import csv_table, records
 from afterimage.runs.run import scan
 from drawn_text import faults
@@ -61,7 +61,7 @@ def _values(result):
 def test_bounds_are_ranked_among_bounds_of_as_many_passes_alone(atlas, mine):
     same, more = search(mine[0], "refined", REFINED), search(mine[1], "refined", REFINED, steps=50)
     comparison = compare(rows_of([*mine, same, more]), rows_of(scan(atlas)), within=1000.0)
-    bounds = [s for s in comparison.standings if s.mine.measured.answer == "linear + refined"]
+    bounds = [s for s in comparison.standings if s.mine.answer == "linear + refined"]
     assert [(s.mine.features, s.place("psnr")) for s in bounds] == [
         ("mine:early", (2 - (s.mine.scores["psnr"] > s.others[0].scores["psnr"]), 2)) for s in bounds
     ]

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from afterimage.report.controls import control_findings, psnr_at_size, size_at_psnr
-from afterimage.report.figures import AFTER_GRIDS
+from afterimage.report.controls import _codec, _size, control_findings
+from afterimage.report.figures import FIGURES
 from afterimage.report.figures.controls import controls, error_breakdown, rate
 from afterimage.report.figures.style import style
-from afterimage.report.rows import read_rows
+from afterimage.report.reading import read_rows
 from afterimage.report.write import write_report
 from afterimage.runs.controls import CodecPoint, write_part
 from report_study import RESNET, write_run
@@ -132,9 +132,13 @@ def test_codecs_at_the_same_size_and_beyond(study):
 
 def test_interpolation_runs_along_the_logarithm():
     curve = [CodecPoint("JPEG", 50, 1.0, 20.0), CodecPoint("JPEG", 90, 4.0, 30.0)]
-    assert psnr_at_size(curve, 2.0) == pytest.approx(25)
-    assert size_at_psnr(curve, 25.0) == pytest.approx(2)
-    assert psnr_at_size(curve, 0.5) is psnr_at_size(curve, 5.0) is size_at_psnr(curve, 31.0) is None
+    told = [_codec(curve, size) for size in (0.5, 2.0, 5.0)]
+    assert told == ["none so small (from 1.00)", "25.00", "above 30.00"]
+    assert [_size(curve, psnr) for psnr in (19.0, 25.0, 31.0)] == [
+        "below 1.00",
+        "2.00",
+        "more than quality 100",
+    ]
 
 
 def own_figures(study):
@@ -145,7 +149,7 @@ def own_figures(study):
 
 def test_each_part_has_its_figures(study):
     assert own_figures(study) == {"controls", "lost-by-frequency", "lost-by-kind", "lost-by-place", "rate"}
-    assert {controls, error_breakdown, rate} <= set(AFTER_GRIDS)
+    assert {controls, error_breakdown, rate} <= set(FIGURES[1])
 
 
 def test_the_report_shows_them(study, tmp_path):
@@ -185,3 +189,26 @@ def test_the_command_prints_what_is_there(study, tmp_path, capsys):
     print_controls(list(study.values()))
     printed = capsys.readouterr().out
     assert "Preserved or guessed" in printed and "20.40" in printed
+
+
+def test_what_differs_between_rows_is_told_as_a_range(study, tmp_path):
+    other = write_run(tmp_path / "more", MODEL, "layer3", "linear", count=7, features=(256, 14, 0.3))
+    write_controls(other)
+    path = other.file("rate_distortion.json")
+    values = json.loads(path.read_text())
+    values["codecs"][-1]["bits_per_pixel"] = 13.5
+    path.write_text(json.dumps(values | {"training_images": 29}))
+    path = other.file("error_breakdown.json")
+    values = json.loads(path.read_text())
+    values["regions"]["flat"]["share"] = 0.25
+    path.write_text(json.dumps(values))
+    runs = {**study, "other": other}
+    told = {title: " ".join(finding.paragraphs) for title, finding in findings(runs).items()}
+    assert "mean over 5 to 7 test images" in told["Preserved or guessed"]
+    assert "(flat 25% to 33%, edge 33%, texture 0% of the pixels)" in told["What is lost"]
+    size = told["What the features cost to store or send"]
+    assert "over 29 to 64 training images" in size and "takes 12.00 to 13.50 bits a pixel" in size
+    rows = read_rows(runs.values())
+    with style():
+        captions = [d.caption for make in (controls, error_breakdown, rate) for d in make(rows)]
+    assert sum("5 to 7 test images" in caption for caption in captions) == 3

@@ -12,7 +12,7 @@ from PIL import Image
 from afterimage.config import FusionConfig
 from afterimage.report.figures import draw, render
 from afterimage.report.figures.image_grid import highest_contrast_square
-from afterimage.report.rows import read_rows
+from afterimage.report.reading import read_rows
 from afterimage.runs.run import scan
 from drawn_text import faults, texts
 from report_study import RESNET, VIT, sample_image, write_baseline, write_fused, write_run, write_study

@@ -15,7 +15,7 @@ from afterimage.report.figures import draw, render, style
 from afterimage.report.figures.labels import wrap
 from afterimage.report.figures.style import BASE, _characters, columns, drawable, families
 from afterimage.report.format import single_line
-from afterimage.report.rows import read_rows
+from afterimage.report.reading import read_rows
 from report_study import sample_image, write_run
 
 LACKING = "龘靐"  # no font that comes with matplotlib, and none here, has these

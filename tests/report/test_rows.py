@@ -11,11 +11,12 @@ import pytest
 
 from afterimage.config import AfterimageError, RunConfig, short_names
 from afterimage.evaluation.intervals import mean_interval
-from afterimage.report.rows import natural_sort_key, read_rows
+from afterimage.report.reading import read_rows
+from afterimage.report.rows import natural_sort_key
 from afterimage.report.tables import csv_table, latex_table, markdown_table
 from afterimage.runs.run import Run, scan
 from report_study import BASELINES, RESNET, VIT, printed, write_baseline, write_run, write_study
-from simulated_runs import edit
+from simulated_runs import edit, shift
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 
@@ -189,10 +190,23 @@ def test_encoders_have_short_names_where_these_tell_them_apart():
 
 
 def test_a_whole_number_in_a_file_of_scores_is_a_score(tmp_path):
-    run = write_run(tmp_path, "m", "layer1")
-    text = run.file("scores.csv").read_text().splitlines()
-    columns = text[0].split(",")
-    fields = text[1].split(",")
-    fields[columns.index("ssim")] = "1"
-    run.file("scores.csv").write_text("\n".join([text[0], ",".join(fields), *text[2:]]) + "\n")
+    run = shift(write_run(tmp_path, "m", "layer1", count=1), ssim=1.0)
+    text = run.file("scores.csv").read_text()
+    assert ",1.0," in text
+    run.file("scores.csv").write_text(text.replace(",1.0,", ",1,"))
     assert type(run.result.per_image[0]["ssim"]) is float
+
+
+def test_scores_that_the_summary_does_not_hold_are_an_error_that_names_both_files(tmp_path):
+    run = write_run(tmp_path, "m", "layer1")
+    text = run.file("scores.csv").read_text()
+    run.file("scores.csv").write_text("\n".join(text.splitlines()[:-1]) + "\n")
+    with pytest.raises(AfterimageError, match="20 images were scored, 19 are listed") as error:
+        assert run.result
+    assert all(str(run.file(name)) in str(error.value) for name in ("summary.json", "scores.csv"))
+    run.file("scores.csv").write_text(text)
+    edit(run, scores__ssim__mean=0.99)
+    with pytest.raises(
+        AfterimageError, match=r"do not agree about ssim: the mean is 0\.99, that of the images"
+    ):
+        assert run.result

@@ -554,3 +554,30 @@ def test_settings_of_data_are_told_where_the_images_are_the_same(tmp_path):
         write_run(tmp_path, LAYERS[0], scores(20), data=DataConfig("procedural", crop=crop))
     rows, _ = load_rows(scan(tmp_path))
     assert {row.setting for row in rows} == {"attention (crop 224)", "attention (crop 128)"}
+
+
+def test_ties_are_told_as_ties(tmp_path):
+    """A residual decoder that never improves on its linear start has the very same scores."""
+    for layer, mean in zip(LAYERS[:2], (20, 18), strict=True):
+        for name in ("linear", "residual"):
+            write_run(tmp_path, layer, scores(mean), decoder=DecoderConfig(name), parameters=1000)
+    write_run(tmp_path, LAYERS[0], scores(17, seed=1), decoder=DecoderConfig("transposed"), parameters=1000)
+    found = {finding.title: finding for finding in build_findings(analyse(scan(tmp_path)))}
+    ranked = found["Decoders on the same features"]
+    assert ranked.paragraphs == ("Best mean PSNR on 2 layers or fusions: linear and residual tied on 2.",)
+    cells = [line[3] for line in ranked.tables[0].rows]
+    assert cells[0] == cells[2] == "0.00 dB [0.00, 0.00] (tie)" and "tie" not in cells[1]
+    most = found["What quality costs"].paragraphs[0]
+    assert "from resnet34 layer1 (linear) and resnet34 layer1 (residual)" in most
+    fall = found["How far decoders fall from the best layer to the worst"].paragraphs[0]
+    assert fall == (
+        "From the best to the worst layer of an encoder, PSNR changes by 10 %; SSIM changes by 10 %; "
+        "LPIPS changes by 10 %."
+    )
+
+
+def test_equal_layers_are_tied(tmp_path):
+    for layer in LAYERS[:2]:
+        write_run(tmp_path, layer, scores(20))
+    (found,) = [d for d in analyse(scan(tmp_path)).degradation if d.metric == "psnr"]
+    assert ahead(found.runner_up) == "tied with"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from afterimage.report.figures.image_grid import highest_contrast_square
 from afterimage.report.figures.labels import spread, wrap
 from afterimage.report.figures.style import decoder_styles
-from afterimage.report.rows import read_rows
+from afterimage.report.reading import read_rows
 from report_study import write_run
 
 

@@ -9,15 +9,16 @@ import pytest
 from markdown_it import MarkdownIt
 
 from afterimage.config import RANDOM_WEIGHTS, AfterimageError, FusionConfig
+from afterimage.report.figures.style import mean_over_seeds
 from afterimage.report.format import latex, markdown, markdown_code, ratio, single_line
 from afterimage.report.inversion import distance_text
-from afterimage.report.rows import mean_over_seeds, read_rows
+from afterimage.report.reading import read_rows
 from afterimage.report.tables import build_table, csv_table, duration, latex_table, markdown_table
 from afterimage.report.write import write_report
 from afterimage.runs.results import METRICS, Score
 from afterimage.runs.run import scan
 from report_study import VIT, printed, write_baseline, write_run, write_study
-from simulated_runs import edit
+from simulated_runs import shift
 
 HOSTILE = "<script>alert(1)</script>|[x](javascript:y)\n# $a_b^c$ {%} `**`\\ &~"
 
@@ -91,7 +92,7 @@ def test_the_best_decoder_row_is_bold_in_its_own_direction_and_ties_with_it(tmp_
     runs = [write_run(tmp_path, "m", f"l{i}") for i in range(3)] + [write_baseline(tmp_path, "jpeg-50")]
     means = [(20.0, 0.5, 0.3), (25.001, 0.9, 0.2), (24.999, 0.8, 0.1), (40.0, 1.0, 0.0)]
     for run, mean in zip(runs, means, strict=True):
-        edit(run, **{f"scores__{metric}__mean": value for metric, value in zip(METRICS, mean, strict=True)})
+        shift(run, **dict(zip(METRICS, mean, strict=True)))
     bold = [[c.bold for c in list(line.cells.values())[-3:]] for line in build_table(read_rows(runs)).lines]
     assert bold == [[False] * 3, [True, True, False], [True, False, True], [False] * 3]
 
@@ -119,7 +120,7 @@ def test_random_weights_are_loud(kind, tmp_path):
     rows = read_rows([write_run(tmp_path, "m", "l", weights=kind), write_run(tmp_path, "m", "l")])
     assert [row.is_random for row in rows.decoders] == [False, True]
     assert f"**{kind.upper()}**" in markdown_table(rows)
-    assert rf"\textbf{{{kind.upper()} WEIGHTS}}" in latex_table(rows)
+    assert rf"\textbf{{{kind.upper()}}}" in latex_table(rows)
     assert f"{kind.upper()} WEIGHTS" in printed(rows, 100)
     assert any(warning.startswith(f"Rows marked {kind.upper()} used") for warning in rows.warnings)
 
@@ -192,8 +193,8 @@ def test_escaped_markdown_reads_as_written(text):
 def test_hostile_names_stay_text_in_latex(tmp_path):
     rows = read_rows([write_run(tmp_path, HOSTILE, HOSTILE, HOSTILE, notes=[HOSTILE])])
     body = re.search(r"\\midrule\n(.*)\\bottomrule", latex_table(rows), re.S)[1]
-    line = body.splitlines()[1]
-    assert len(re.findall(r"(?<!\\)&", line)) == 8
+    (line,) = body.splitlines()
+    assert len(re.findall(r"(?<!\\)&", line)) == 9
     assert not re.search(r"(?<!\\)[%#]", line) and line.endswith(r" \\")
     bare = re.sub(r"\\[{}]", "", latex_table(rows))
     assert bare.count("{") == bare.count("}")
@@ -240,3 +241,12 @@ def test_ratios_have_no_power_of_ten(value, text):
 )
 def test_feature_distances_have_no_power_of_ten(value, text):
     assert distance_text(value) == text
+
+
+def test_the_terminals_caption_says_what_is_shown(study):
+    for width, text in (
+        (80, "Mean over 20 test images."),
+        (300, "Mean ± standard deviation over 20 test images."),
+    ):
+        shown = " ".join(printed(study, width).split())
+        assert text in shown and ("±" in shown) == ("±" in text)

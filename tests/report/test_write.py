@@ -44,15 +44,13 @@ def test_every_link_leads_to_a_file_and_the_same_runs_give_the_same_bytes(tmp_pa
 def test_the_report_says_what_a_reader_must_know(tmp_path, runs, no_figures):
     failed = Run.create(tmp_path / "runs", RunConfig(("m.tag:l3",)))
     failed.set_state("failed", error="the loss is not finite")
-    sections = [("Is depth <b>bad</b>?", "**Yes.**")]
-    written = write_report([*runs, failed], tmp_path / "out", title="Mine & <i>yours</i>", sections=sections)
+    written = write_report([*runs, failed], tmp_path / "out", title="Mine & <i>yours</i>")
     text = written["report.md"].read_text()
     assert text.startswith("# Mine &amp; &lt;i&gt;yours&lt;/i&gt;\n")
     before, table = text.split("## Results")
     assert "[!WARNING]" in before and "RANDOM" in before and "1 run not finished" in before
     for part in ("fitted on half", "LPIPS is unavailable", "**RANDOM**", "SHA-256", "the loss is not finite"):
         assert part in table
-    assert "## Is depth &lt;b&gt;bad&lt;/b&gt;?\n\n**Yes.**\n" in table
     assert "`afterimage study made-up.toml`" in table and 'recipe.loss = "mse"' in table
 
 
@@ -82,4 +80,4 @@ def test_commands_and_environments_stand_with_their_rows(tmp_path, runs, no_figu
     runs[1].file("environment.json").write_text("[]")
     text = write_report(runs, tmp_path / "out")["report.md"].read_text()
     assert "afterimage train 'a b\\|c'" in text and "| not recorded |" in text
-    assert "Made with commit abc; or with an environment that was not recorded; or with torch 2.4." in text
+    assert "Made with torch 2.4, commit abc; or with an environment that was not recorded." in text

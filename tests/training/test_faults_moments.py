@@ -16,7 +16,7 @@ from afterimage.config import RunConfig
 from afterimage.config.study import StudyConfig
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.study import run_study
-from afterimage.report.rows import read_rows
+from afterimage.report.reading import read_rows
 from afterimage.report.write import write_report
 from afterimage.runs import files
 from afterimage.runs.files import write_atomic

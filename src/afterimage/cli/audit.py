@@ -96,9 +96,7 @@ class Audit:
         check_folder(root, "--output-dir")
         with Display() as display:
             results = run_audit(config, root, cache=self.cache, accelerator=self.device, progress=display)
-        verdict = judge(
-            results.rows, results.blind, results.costs, config.limits, results.failures, results.unmeasured
-        )
+        verdict = judge(results, config.limits)
         command = shlex.join(["afterimage", *sys.argv[1:]])
         written = write_audit(results, verdict, config.limits, root, command=command)
         print_verdict(results, verdict)

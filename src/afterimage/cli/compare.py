@@ -36,7 +36,7 @@ class Compare:
 
     def run(self) -> None:
         from afterimage.report.compare import compare, entries, read_atlas, standings_table
-        from afterimage.report.rows import read_rows
+        from afterimage.report.reading import read_rows
         from afterimage.report.tables import records
 
         check_png(self.output)

@@ -62,7 +62,7 @@ class Controls:
 def print_controls(runs: list[Run]) -> None:
     """Print the tables of the controls."""
     from afterimage.report.controls import control_findings
-    from afterimage.report.rows import read_rows
+    from afterimage.report.reading import read_rows
 
     done = [run for run in runs if is_done(run)]
     screen = console(180)

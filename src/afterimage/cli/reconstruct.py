@@ -106,7 +106,7 @@ class Reconstruct:
         from afterimage.evaluation.metrics import Metrics
         from afterimage.experiments.inference import reconstruct_files
         from afterimage.report.figures import own_images, render
-        from afterimage.report.rows import read_rows
+        from afterimage.report.reading import read_rows
         from afterimage.runtime.device import device_name
 
         read = read_rows(runs)

@@ -186,7 +186,7 @@ def image_lines(scores: Mapping[str, float | None], lpips: LpipsStatus) -> list[
 
 def print_table(runs: list) -> None:
     """Print the table of results, and below it the table of measured bounds if there are any."""
-    from afterimage.report.rows import read_rows
+    from afterimage.report.reading import read_rows
     from afterimage.report.tables import console_table
 
     rows = read_rows(runs)

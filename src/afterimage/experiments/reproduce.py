@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from afterimage.config import (
 from afterimage.data.dataset import load_data, load_test_images
 from afterimage.data.images import Data, ImageSet
 from afterimage.evaluation.baselines import baseline
-from afterimage.evaluation.evaluate import evaluate, summarise
+from afterimage.evaluation.evaluate import evaluate
 from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.inference import make_reconstruct_function
 from afterimage.experiments.queue import check_weights
@@ -124,13 +123,6 @@ def _verify(
     if result.kind not in ("decoder", "baseline"):
         verdict.skipped = f"rows of kind {result.kind} are not measured again"
         return
-    for name, score in summarise(result.per_image).items():
-        before = result.scores[name]
-        if (score is None) != (before is None) or (
-            score is not None and not math.isclose(score.mean, before.mean, rel_tol=1e-9)
-        ):
-            verdict.problems.append(f"summary.json and scores.csv do not agree about {name}")
-
     # The files of the run
     config, decoder = result.config, run.file("decoder.safetensors")
     if not run.name.endswith(config.digest[:8]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ class Bound:
 
 def bounds_of(rows: Rows) -> tuple[Bound, ...]:
     """Group inversions of equal features, start, test images and LPIPS network into bounds, in row order."""
-    decoders = {row.run.name: row for row in rows.decoders}
+    decoders = {(row.run.name, row.training.decoder_sha256): row for row in rows.decoders if row.training}
 
     def key(row: Row) -> tuple[Any, ...]:
         return row.sources, row.origin, row.inversion.start, row.data.test_digest, row.lpips.net
@@ -87,7 +86,7 @@ def bounds_of(rows: Rows) -> tuple[Bound, ...]:
         facts = (consistent or estimate).inversion
         decoder = None
         if facts.decoder_alone:
-            decoder = _alone(consistent or estimate, decoders.get(facts.start))
+            decoder = _alone(consistent or estimate, decoders.get((facts.start, facts.start_sha256)))
         bounds.append(Bound(decoder, estimate, consistent))
     return tuple(bounds)
 
@@ -134,17 +133,14 @@ PSNR_TOLERANCE = 0.05
 def _alone(found: Row, run: Row | None) -> Row:
     """Return the decoder that an inversion started from, measured on the inversion's images.
 
-    Scores by image are left out where `run`, the decoder's row, lacks images or has another mean PSNR.
+    Scores by image are left out unless the images are those of `run`, the decoder's row, or the first of them, and the
+    mean PSNR is the same.
     """
     alone, facts, rows = found.inversion.decoder_alone, found.inversion, ()
     run = run if run and run.origin == found.origin else None  # other weights: not the decoder that was used
-    ids = [image["id"] for image in found.per_image]
-    if run and set(ids) <= (known := {image["id"]: image for image in run.per_image}).keys():
-        rows = tuple(known[i] for i in ids)
-        if (
-            abs(math.fsum(row["psnr"] for row in rows) / len(rows) - alone.scores["psnr"].mean)
-            > PSNR_TOLERANCE
-        ):
+    if run and _same_images(found, run):
+        rows = run.per_image[: len(found.per_image)]
+        if abs(statistics.fmean(row["psnr"] for row in rows) - alone.scores["psnr"].mean) > PSNR_TOLERANCE:
             rows = ()
         elif run.lpips.net != found.lpips.net:
             rows = tuple({**row, "lpips": None} for row in rows)
@@ -152,6 +148,14 @@ def _alone(found: Row, run: Row | None) -> Row:
     measured["inversion"] = InversionFacts(0, alone.seconds, alone.feature_loss)
     elsewhere = dataclasses.replace(found, run=Run(found.run.path.with_name(facts.start)))
     return dataclasses.replace(run or elsewhere, **measured)
+
+
+def _same_images(found: Row, run: Row) -> bool:
+    """Return True if the images of an inversion are all those that its decoder was scored on, or the first of them."""
+    ids, known = ([image["id"] for image in row.per_image] for row in (found, run))
+    return ids == known[: len(ids)] and (
+        len(ids) < len(known) or found.data.test_digest == run.data.test_digest
+    )
 
 
 OVERRUN_DB = 0.1
@@ -184,8 +188,3 @@ def mean_curve(folder: Run) -> list[tuple[int, float]]:
     """Return pairs of a number of passes and the mean PSNR over an inversion's images after them; see `curve`."""
     passes = group_by(curve(folder), lambda row: row["step"])
     return [(step, statistics.fmean(row["psnr"] for row in own)) for step, own in sorted(passes.items())]
-
-
-def highest(curve: Sequence[tuple[int, float]]) -> tuple[int, float]:
-    """Return the point of a curve with the highest PSNR."""
-    return max(curve, key=lambda point: point[1])

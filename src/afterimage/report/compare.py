@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afterimage.config import AfterimageError, printable_path
+from afterimage.config import AfterimageError, join_names, printable_path
 from afterimage.report.format import MISSING, TextTable, format_score, ratio, single_line
 from afterimage.report.rows import group_by
 from afterimage.report.tables import heading, score_columns, weights_text
@@ -28,36 +28,20 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class MeasurementConditions:
-    """Conditions that must be equal before scores of two rows compare.
-
-    `answer` is a decoder's name, or `linear + refined` and the like for a bound; `passes` the largest number
-    of a bound's search, 0 for a decoder; `images` a digest of the images, their split and size; `crop` the
-    size of the crops in pixels.
-    """
-
-    answer: str
-    passes: int
-    images: str
-    crop: str
-
-    def __str__(self) -> str:
-        passes = f" in {self.passes} passes" if self.passes else ""
-        return f"{self.answer}{passes} on images {self.images[:8]}, crop {self.crop}"
-
-
-@dataclass(frozen=True)
 class Entry:
     """One row of an atlas.
 
     `features` are its layers as `model:layer`, joined by ` + `; `values` is the number of feature values for
-    each value of the image; `scores` are means over the test images, without LPIPS where that is unavailable.
+    each value of the image; `answer` is a decoder's name, or `linear + refined` and the like for a bound; `scores` are
+    means over the test images, without LPIPS where that is unavailable. Scores of two rows compare where `measured` is
+    equal: the answer, the largest number of passes of a bound's search, the digest of the images, and their crop.
     """
 
     features: str
     weights: str
     values: float
-    measured: MeasurementConditions
+    answer: str
+    measured: str
     scores: Mapping[str, float]
     net: str
 
@@ -162,19 +146,23 @@ def entries(records: Iterable[Mapping[str, Any]], where: str) -> tuple[Entry, ..
             )
         if record["values_per_pixel"] is None or not record["decoder"]:
             continue
-        scores = {metric: record[f"{metric}_mean"] for metric in METRICS}
-        scores = {metric: value for metric, value in scores.items() if value is not None}
+        scores = {m: record[f"{m}_mean"] for m in METRICS if record[f"{m}_mean"] is not None}
         for column in ("values_per_pixel", *(f"{metric}_mean" for metric in scores)):
             value = record[column]
             if not (isinstance(value, int | float) and math.isfinite(value)):
                 raise AfterimageError(f"{where}, row {count}: {column} is {value!r:.80}, not a finite number")
-        features, weights, answer, images, crop = (
-            str(record[column]) for column in ("sources", "weights", "decoder", "data_digest", "crop")
-        )
-        measured = MeasurementConditions(answer, int(record["passes"] or 0), images, crop)
+        answer, images, crop = (str(record[column]) for column in ("decoder", "data_digest", "crop"))
+        passes = f" in {int(record['passes'])} passes" if record["passes"] else ""
+        measured = f"{answer}{passes} on images {images[:16]}, crop {crop}"
         scores = {metric: float(value) for metric, value in scores.items()}
-        values, net = float(record["values_per_pixel"]), str(record["lpips_net"] or "")
-        found.append(Entry(features, weights, values, measured, scores, net))
+        features, weights, net = (
+            str(record["sources"]),
+            str(record["weights"]),
+            str(record["lpips_net"] or ""),
+        )
+        found.append(
+            Entry(features, weights, float(record["values_per_pixel"]), answer, measured, scores, net)
+        )
     if not found:
         raise AfterimageError(f"{where} has no row of a decoder or a measured bound")
     return tuple(found)
@@ -225,7 +213,7 @@ def standings_table(comparison: Comparison) -> TextTable:
         first = standing.first("psnr")
         best = f"{first.name}, {format_score(first.scores['psnr'], 'psnr')}"
         best = best if standing.rivals("psnr") else "alone at this size"
-        lines.append((mine.name, mine.measured.answer, ratio(mine.values), *cells, best))
+        lines.append((mine.name, mine.answer, ratio(mine.values), *cells, best))
     heads = (heading(*column) for column in columns)
     header = ("features", "answer", "values per pixel value", *heads, "first in PSNR")
     least, most = ratio(1 / comparison.within), ratio(comparison.within)
@@ -234,22 +222,20 @@ def standings_table(comparison: Comparison) -> TextTable:
 
 
 def _ways(rows: Iterable[Entry]) -> str:
-    ways = list(dict.fromkeys(str(e.measured) for e in rows))
-    return "; ".join(ways[:4]) + (f"; and {len(ways) - 4} more" if len(ways) > 4 else "")
+    return join_names(list(dict.fromkeys(e.measured for e in rows)), 4, "; ")
 
 
 def _remarks(mine: Sequence[Entry], atlas: Sequence[Entry], alike: Sequence[Entry]) -> Iterator[str]:
     ways, found = group_by(mine, lambda e: e.measured), {e.measured for e in alike}
     if count := sum(e.is_random for e in atlas):
         yield f"Rows of the atlas that have random weights and are not ranked: {count}."
-    answers = {way.answer for way in ways}
-    others = (e for e in atlas if not e.is_random and e.measured.answer in answers and e.measured not in ways)
-    for way, count in Counter(str(e.measured) for e in others).items():
+    answers = {e.answer for e in mine}
+    others = (e.measured for e in atlas if not e.is_random and e.answer in answers and e.measured not in ways)
+    for way, count in Counter(others).items():
         yield f"Rows of the atlas that are kept apart, since none of yours was measured as {way}: {count}."
     for way in (way for way in ways if way not in found):
-        names = list(dict.fromkeys(e.features for e in ways[way]))
-        told = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        yield f"No row of the atlas was measured as {told}: {way}."
+        names = join_names(list(dict.fromkeys(e.features for e in ways[way])), 3)
+        yield f"No row of the atlas was measured as {names}: {way}."
     other = (e.net for e in alike if e.net and e.net not in {m.net for m in ways[e.measured]})
     for net, count in Counter(other).items():
         yield f"Rows of the atlas whose LPIPS is by {single_line(net)}, a network that measured none of yours: {count}."

@@ -12,7 +12,15 @@ import numpy as np
 
 from afterimage.config import AfterimageError
 from afterimage.evaluation.intervals import INTERVAL_NAME
-from afterimage.report.format import MISSING, Finding, TextTable, format_score, interval_text, with_minus_sign
+from afterimage.report.format import (
+    MISSING,
+    Finding,
+    TextTable,
+    extent,
+    format_score,
+    interval_text,
+    with_minus_sign,
+)
 from afterimage.report.rows import Row, group_by, mean_over_images
 from afterimage.runs.controls import ABLATIONS, PLANES, REGIONS, CodecPoint, PlaneError, read_part
 from afterimage.runs.results import Interval
@@ -75,26 +83,20 @@ def share_lost(part: Part, plane: str) -> list[tuple[float, float]]:
     return [(f, e / p) for f, e, p in triples if e is not None and p]
 
 
-def psnr_at_size(curve: Sequence[CodecPoint], bits: float) -> float | None:
-    """Interpolate a codec's mean PSNR at a mean size in bits a pixel (log scale); None outside its curve."""
-    return _interpolate([(math.log(c.bits_per_pixel), c.psnr) for c in curve], math.log(bits))
-
-
-def size_at_psnr(curve: Sequence[CodecPoint], psnr: float) -> float | None:
-    """Interpolate the mean size in bits a pixel at which a codec has this mean PSNR; None outside its curve."""
-    size = _interpolate([(c.psnr, math.log(c.bits_per_pixel)) for c in curve], psnr)
-    return None if size is None else math.exp(size)
-
-
 def curve_of(part: Part, codec: str) -> list[CodecPoint]:
     """Return the points of one codec, sorted by size."""
     curve = [c for c in part.facts.codecs if c.codec == codec]
     return sorted(curve, key=lambda c: c.bits_per_pixel)
 
 
-def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    xs, ys = zip(*sorted(points), strict=True)
-    return float(np.interp(x, xs, ys)) if xs[0] <= x <= xs[-1] else None
+def images(parts: Sequence[Part]) -> str:
+    """Write the number of test images of all rows, such as `4 to 6 test images`."""
+    return f"{extent(part.facts.images for part in parts)} test images"
+
+
+def coders(parts: Sequence[Part]) -> str:
+    """Return the names of all rows' coders."""
+    return " or ".join(dict.fromkeys(part.facts.coder for part in parts))
 
 
 def _ablation_tables(parts: Sequence[Part]) -> tuple[list[str], list[TextTable]]:
@@ -109,7 +111,7 @@ def _ablation_tables(parts: Sequence[Part]) -> tuple[list[str], list[TextTable]]
         "Features that are not the image's go through its trained decoder, and what comes out is scored against "
         "the image: what is left is the decoder's prior. Another image's features are those of the next test "
         "image; shuffled ones have their locations in random order; mean ones hold each channel's mean over "
-        f"training images everywhere. PSNR in dB, mean over {parts[0].facts.images} test images with its "
+        f"training images everywhere. PSNR in dB, mean over {images(parts)} with its "
         f"{INTERVAL_NAME}. A column that comes near the first is what the decoder knew without the image.",
         "Re-encoded: the distance of the reconstruction's features from the image's, over the norm of these; "
         "beside it the distance of another image's features. Near 0 the reconstruction is one that the layer "
@@ -155,7 +157,8 @@ def _difference(a: Row, b: Row, metric: str) -> str:
 
 def _error_breakdown_tables(parts: Sequence[Part]) -> tuple[list[str], list[TextTable]]:
     rules = parts[0].facts.regions
-    shares = ", ".join(f"{kind} {getattr(rules, kind).share:.0%}" for kind in REGIONS)
+    regions = {kind: [getattr(p.facts.regions, kind).share for p in parts] for kind in REGIONS}
+    shares = ", ".join(f"{kind} {extent(found, '{:.0%}'.format)}" for kind, found in regions.items())
     header = (
         "features", "decoder", *(f"{label} (dB)" for label in PLANES.values()),
         *(f"{plane} variance lost" for plane in PLANES.values()),
@@ -226,7 +229,6 @@ def _detail(part: Part) -> tuple[str, str]:
 
 
 def _rate(parts: Sequence[Part]) -> tuple[list[str], list[TextTable]]:
-    facts = parts[0].facts
     header = (
         "features", "decoder", "bits", "bits a pixel", "entropy bound", "PSNR (dB)", "JPEG at that size (dB)",
         "WebP at that size (dB)", "JPEG of that PSNR (bits a pixel)",
@@ -242,35 +244,41 @@ def _rate(parts: Sequence[Part]) -> tuple[list[str], list[TextTable]]:
                 MISSING if bound is None else f"{bound:.2f}", interval_text(mean_over_images(rows), "psnr"),
                 _codec(jpeg, size), _codec(webp, size), _size(jpeg, point.psnr),
             ))  # fmt: skip
-    exact = next(c for c in facts.codecs if c.psnr is None)
+    exact = [c.bits_per_pixel for p in parts for c in p.facts.codecs if c.psnr is None]
     paragraphs = [
         "Each channel is quantised evenly between its 0.1 % and 99.9 % quantiles over "
-        f"{facts.training_images} training images, a symbol standing for the mean of what it covers there; "
+        f"{extent(p.facts.training_images for p in parts)} training images, a symbol standing for the mean of what it "
+        "covers there; "
         "32 bits are the features as they are, uncoded. The decoder was fitted on unquantised features and not "
-        f"again. Bits a pixel are real: {facts.coder} on one symbol a byte, channel after channel. The entropy "
+        f"again. Bits a pixel are real: {coders(parts)} on one symbol a byte, channel after channel. The entropy "
         "bound is that of each channel's symbols over the test images: no code that takes every value by itself "
         "is shorter; bzip2 may be, since it sees neighbours.",
         "JPEG and WebP are whole files of the same images (chroma at half size), interpolated between qualities "
-        f"along the logarithm of the size. Lossless WebP takes {exact.bits_per_pixel:.2f} bits a pixel: a size "
+        f"along the logarithm of the size. Lossless WebP takes {extent(exact, '{:.2f}'.format)} bits a pixel: a size "
         "beyond it buys the image itself.",
     ]
     return paragraphs, [TextTable("dB at each size", header, tuple(table))]
 
 
 def _codec(curve: Sequence[CodecPoint], size: float) -> str:
-    if size < curve[0].bits_per_pixel:
-        return f"none so small (from {curve[0].bits_per_pixel:.2f})"
-    if size > curve[-1].bits_per_pixel:
-        return f"above {format_score(curve[-1].psnr, 'psnr')}"
-    return format_score(psnr_at_size(curve, size), "psnr")
+    """Write a codec's mean PSNR at a mean size in bits a pixel, interpolated along its logarithm."""
+    sizes, psnr = [c.bits_per_pixel for c in curve], [c.psnr for c in curve]
+    if size < sizes[0]:
+        return f"none so small (from {sizes[0]:.2f})"
+    if size > sizes[-1]:
+        return f"above {format_score(psnr[-1], 'psnr')}"
+    return format_score(float(np.interp(np.log(size), np.log(sizes), psnr)), "psnr")
 
 
 def _size(curve: Sequence[CodecPoint], psnr: float) -> str:
-    size = size_at_psnr(curve, psnr)
-    if size is None:
-        lowest = min(curve, key=lambda c: c.psnr)
-        return f"below {lowest.bits_per_pixel:.2f}" if psnr < lowest.psnr else "more than quality 100"
-    return f"{size:.2f}"
+    """Write the mean size in bits a pixel at which a codec has this mean PSNR, interpolated along its logarithm."""
+    known = sorted((c.psnr, c.bits_per_pixel) for c in curve)
+    if psnr < known[0][0]:
+        return f"below {known[0][1]:.2f}"
+    if psnr > known[-1][0]:
+        return "more than quality 100"
+    qualities, sizes = zip(*known, strict=True)
+    return f"{np.exp(np.interp(psnr, qualities, np.log(sizes))):.2f}"
 
 
 FINDING_BUILDERS = {

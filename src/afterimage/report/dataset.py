@@ -11,7 +11,8 @@ from afterimage.config import AfterimageError
 from afterimage.report.card import with_metadata
 from afterimage.report.format import markdown_code
 from afterimage.report.publish import is_shareable, public_rows
-from afterimage.report.rows import Row, Rows, read_rows
+from afterimage.report.reading import read_rows
+from afterimage.report.rows import Row, Rows
 from afterimage.report.tables import markdown_table, records
 from afterimage.runs.files import read_image
 from afterimage.runs.repository import CARD, LIBRARY, SCORES_TABLE, TABLE
@@ -63,15 +64,11 @@ def _lines(row: Row, told: Row, own_images: bool) -> Iterable[dict[str, Any]]:
         }  # fmt: skip
         pair = kept.get(image["id"], (None, None))
         for column, path in zip(IMAGES, pair, strict=True):
-            line[column] = path and _png(path)
+            line[column] = None
+            if path:
+                line[column] = {"bytes": path.read_bytes(), "path": None}  # the format of the hub's data sets
+                read_image(path, line[column]["bytes"])
         yield line
-
-
-def _png(path) -> dict[str, Any]:
-    """Return an image in the format of the hub's data sets, after checking that it can be read."""
-    content = path.read_bytes()
-    read_image(path, content)
-    return {"bytes": content, "path": None}
 
 
 def _parquet(lines: Sequence[dict[str, Any]], images: Sequence[str] = ()) -> bytes:

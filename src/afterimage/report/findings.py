@@ -15,6 +15,7 @@ from afterimage.report.format import (
     Finding,
     TextTable,
     capitalised,
+    extent,
     format_score_with_unit,
     markdown,
     markdown_finding,
@@ -23,7 +24,7 @@ from afterimage.report.format import (
     ratio,
     with_minus_sign,
 )
-from afterimage.report.hypotheses import ahead, difference, difference_cells, hypothesis_finding
+from afterimage.report.hypotheses import ahead, difference, difference_cells, hypothesis_finding, tied
 from afterimage.report.published import published_finding
 from afterimage.report.rows import Row, group_by
 from afterimage.report.statistics.analysis import Analysis, Efficiency, analyse
@@ -130,8 +131,7 @@ def _overview(analysis: Analysis) -> str:
     decoded = [row for row in analysis.rows if row.sources]
     if not decoded:
         return "No finished decoder with scores of 2 images or more: nothing to compare."
-    counts = sorted({score.mean.count for score in analysis.scores})
-    images = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    images = extent(score.mean.count for score in analysis.scores)
     seeds = max(len(row.runs) for row in decoded)
     averaged = "scores are averaged over seeds first" if seeds > 1 else "each row has one seed"
     return (
@@ -160,9 +160,8 @@ def _degradation(analysis: Analysis) -> Iterable[Finding]:
     header = (*where, "difference", "per cent", "the best layer is")
     sentences = []
     for metric, own in group_by(without_random_controls(analysis.degradation), lambda d: d.metric).items():
-        change = sorted(abs(d.percent.estimate) for d in own)
-        span = f"{change[0]:.0f}" if len(change) == 1 else f"{change[0]:.0f} to {change[-1]:.0f}"
-        sentences.append(f"{METRICS[metric].title} changes by {span} %")
+        change = extent((abs(d.percent.estimate) for d in own), "{:.0f}".format)
+        sentences.append(f"{METRICS[metric].title} changes by {change} %")
     text = f"From the best to the worst layer of an encoder, {'; '.join(sentences)}."
     yield Finding(
         "How far decoders fall from the best layer to the worst",
@@ -206,9 +205,9 @@ def _most_efficient(rows: Sequence[Efficiency]) -> Iterable[str]:
     for field, cost in COSTS.items():
         known = [row for row in without_random_controls(rows) or rows if getattr(row, field) is not None]
         if len(known) > 1:
-            best = max(known, key=lambda row: getattr(row, field))
-            value = f"{ratio(getattr(best, field))}{METRICS[best.metric].unit}"
-            told.append(f"per {cost} {value} from {best.name} ({best.setting})")
+            most = ratio(max(getattr(row, field) for row in known))
+            best = [f"{row.name} ({row.setting})" for row in known if ratio(getattr(row, field)) == most]
+            told.append(f"per {cost} {most}{METRICS[known[0].metric].unit} from {' and '.join(best)}")
     if told:
         above = " above the mean colour" if any(row.baseline for row in rows) else ""
         yield f"Most {METRICS[rows[0].metric].title}{above}: {'; '.join(told)}."
@@ -218,15 +217,19 @@ def _decoders(analysis: Analysis, metric: str) -> Iterable[Finding]:
     rankings = [d for d in analysis.decoders if d.metric == metric]
     if not rankings:
         return
-    title, rows = METRICS[metric].title, []
+    title, rows, led = METRICS[metric].title, [], Counter()
     for ranking in rankings:
         # The first pairs compare the best with each other setting, in this order.
         scores = (format_score_with_unit(mean, metric) for mean in ranking.means)
         best, *others = map("{} ({})".format, ranking.settings, scores)
-        for other, c in zip(others, ranking.pairs, strict=False):
+        first = list(zip(others, ranking.pairs, strict=False))
+        for other, c in first:
             rows.append((ranking.name, best, other, *difference_cells(c)))
-    led = Counter(ranking.settings[0] for ranking in rankings)
-    told = ", ".join(f"{setting} on {count}" for setting, count in led.most_common())
+        led[ranking.settings[0], *(c.b for _, c in first if tied(c))] += 1
+    told = ", ".join(
+        f"{' and '.join(settings)}{' tied' if len(settings) > 1 else ''} on {count}"
+        for settings, count in led.most_common()
+    )
     header = ("features", "best", "against", f"{title} difference [95 % interval]", "p (Holm)")
     yield Finding(
         "Decoders on the same features",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from afterimage.runs.results import METRICS, Interval
 
@@ -68,6 +69,12 @@ def with_minus_sign(text: str, digits: int) -> str:
     """Replace a number's hyphen by a minus sign; a number that is zero to `digits` digits has no sign."""
     zero = f"{0:.{digits}f}"
     return zero if text.lstrip("+-") == zero else text.replace("-", "−")
+
+
+def extent(values: Iterable[int | float], write: Callable[[Any], str] = str) -> str:
+    """Write the smallest and the largest value as `4 to 6`; once where both read alike."""
+    values = list(values)
+    return " to ".join(dict.fromkeys(map(write, (min(values), max(values)))))
 
 
 def ratio(value: float) -> str:

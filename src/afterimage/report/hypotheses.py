@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from afterimage.evaluation.intervals import INTERVAL_NAME
 from afterimage.report.format import (
@@ -46,12 +47,16 @@ def hypothesis_finding(name: str, analysis: Analysis, sides: Sequence[Analysis] 
     first = results[0]
     decoders = _tested(results)
     same, bound = map(_tested, (getattr(side, name) for side in sides)) if sides else ([], [])
+    # A decoder may lack a metric that its bound has: verdicts from other layers do not compare.
+    judged = {key: _layers(found) for key, found in _by_key(bound).items()}
+    apart = {key for key, found in _by_key(same).items() if judged.get(key) != _layers(found)}
+    comparable, same = ([r for r in side if (r.metric, r.setting) not in apart] for side in (decoders, same))
     main, of_bound = ([r for r in side if r.metric == first.metric] for side in (decoders, bound))
     paragraphs = []
     for result in main:
         told = f"{capitalised(result.setting)}: {result.verdict}, {result.reason}."
         paragraphs.append(" ".join([told, *(_correlation(result) if name == "resolution" else ())]))
-    paragraphs += _beside_bound(decoders, same, bound)
+    paragraphs += _beside_bound(comparable, same, bound)
     paragraphs += _disagreements(results) if name == "architectures" else ()
     paragraphs += [*_by_other_metrics(decoders, first), *_not_testable(results)]
     heads = (f"{METRICS[first.metric].title} difference [95 % interval]", "p (Holm)")
@@ -66,6 +71,14 @@ def hypothesis_finding(name: str, analysis: Analysis, sides: Sequence[Analysis] 
 
 def _tested(results: Iterable[Hypothesis]) -> list[Hypothesis]:
     return [result for result in results if result.verdict != UNTESTABLE]
+
+
+def _layers(result: Hypothesis) -> list[Any]:
+    """Return what tells from which layers a verdict comes."""
+    if isinstance(result, Depth):
+        return [(each.encoder, each.layers) for each in result.encoders]
+    pairs = [(pair.comparison.a, pair.comparison.b) for pair in result.pairs]
+    return [result.layers, *pairs] if isinstance(result, Resolution) else pairs
 
 
 def _overall(results: Sequence[Hypothesis]) -> str:
@@ -144,13 +157,20 @@ def ahead(c: Comparison) -> str:
     """Describe how `a`, the side with the better mean, compares with `b`, for example `ahead of`."""
     if c.better == "a":
         return "ahead of"
+    if tied(c):
+        return "tied with"
     return "negligibly different from" if c.certain else "not told apart from"
 
 
+def tied(c: Comparison) -> bool:
+    """Return True if neither side is better and the means do not differ in the digits that are printed."""
+    return not c.better and format_score(c.difference.estimate, c.metric) == format_score(0.0, c.metric)
+
+
 def difference_cells(c: Comparison) -> tuple[str, str]:
-    """Return the cells of a comparison: its difference, marked if it is negligible, and its p-value."""
-    negligible = " (negligible)" if c.certain and not c.better else ""
-    return difference(c) + negligible, p_value(c.p_holm).removeprefix("p ").removeprefix("= ")
+    """Return the cells of a comparison: its difference, marked if it is negligible or none, and its p-value."""
+    mark = " (tie)" if tied(c) else " (negligible)" if c.certain and not c.better else ""
+    return difference(c) + mark, p_value(c.p_holm).removeprefix("p ").removeprefix("= ")
 
 
 def _depth(results: Sequence[Depth], heads: tuple[str, str]) -> Iterable[TextTable]:

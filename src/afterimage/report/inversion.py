@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from afterimage.config.inversion import tuning_image_indices
 from afterimage.evaluation.intervals import INTERVAL_NAME
-from afterimage.report.bounds import (
-    OVERRUN_DB,
-    Bound,
-    features_label,
-    highest,
-    mean_curve,
-    named_features,
-    with_curve,
-)
+from afterimage.report.bounds import OVERRUN_DB, Bound, features_label, mean_curve, named_features, with_curve
 from afterimage.report.format import (
     Finding,
     TextTable,
+    extent,
     format_score,
     interval_ends,
     interval_text,
     significant,
 )
-from afterimage.report.rows import Row, group_by, lpips_nets, mean_over_images, short_encoders
+from afterimage.report.rows import Row, Rows, group_by, lpips_nets, mean_over_images, short_encoders
 from afterimage.report.tables import heading
 from afterimage.runs.files import write_atomic, write_csv, write_json
-from afterimage.runs.results import METRICS, Score
+from afterimage.runs.results import METRICS
 from afterimage.runtime.terminal import console
 
 
@@ -40,33 +34,26 @@ def bound_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
     for own in group_by(inversions, features_label).values():
         lines: list[dict[str, Any]] = []
         for found in own:
-            facts = found.inversion
-            if alone := facts.decoder_alone:
-                measured = alone.scores, alone.seconds, 0, alone.feature_loss
-                line = _row(found, "decoder", facts.start_decoder, *measured)
-                if not any(_same(line, other) for other in lines):
+            facts, alone = found.inversion, found.inversion.decoder_alone
+            cost = (facts.seconds_per_image, facts.steps, facts.feature_loss)
+            answers = [(found.config.answer, found.decoder, found.scores, *cost)]
+            if alone:
+                cost = (alone.seconds, 0, alone.feature_loss)
+                answers.insert(0, ("decoder", facts.start_decoder, alone.scores, *cost))
+            for way, how, scores, seconds, passes, loss in answers:
+                has_curve = way != "decoder" and with_curve([found])
+                peak = max(mean_curve(found.run), key=itemgetter(1)) if has_curve else (None, None)
+                line = {
+                    "sources": found.features_text, "weights": found.origin, "way": way, "how": how,
+                    **{metric: scores[metric] and scores[metric].mean for metric in METRICS},
+                    "lpips_net": found.lpips.net, "feature_loss": loss, "passes": passes,
+                    "seconds_per_image": round(seconds, 3), "images": scores["psnr"].count, "run": found.run.name,
+                    "optimizer": found.config.inversion.optimizer, "peak_passes": peak[0], "peak_psnr": peak[1],
+                }  # fmt: skip
+                if way != "decoder" or not any(_same(line, other) for other in lines):
                     lines.append(line)
-            measured = found.scores, facts.seconds_per_image, facts.steps, facts.feature_loss
-            line = _row(found, found.config.answer, found.decoder, *measured)
-            if with_curve([found]):
-                line["peak_passes"], line["peak_psnr"] = highest(mean_curve(found.run))
-            lines.append(line)
         rows += sorted(lines, key=lambda line: order.index(line["way"]))
     return rows
-
-
-def _row(
-    found: Row, way: str, name: str, scores: Mapping[str, Score | None], seconds: float, passes: int,
-    loss: float | None,
-) -> dict[str, Any]:  # fmt: skip
-    lpips = scores["lpips"]
-    return {
-        "sources": found.features_text, "weights": found.origin, "way": way, "how": name,
-        "psnr": scores["psnr"].mean, "ssim": scores["ssim"].mean, "lpips": lpips and lpips.mean,
-        "lpips_net": found.lpips.net, "feature_loss": loss, "passes": passes,
-        "seconds_per_image": round(seconds, 3), "images": scores["psnr"].count, "run": found.run.name,
-        "optimizer": found.config.inversion.optimizer, "peak_passes": None, "peak_psnr": None,
-    }  # fmt: skip
 
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -87,10 +74,9 @@ def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
     if not bounds:
         return []
     founds = [bound.found for bound in bounds]
-    names, metrics = short_encoders(founds), [m for m in METRICS if any(row.scores[m] for row in founds)]
+    names, metrics = _names(bounds), [m for m in METRICS if any(row.scores[m] for row in founds)]
     lines = []
-    for bound in bounds:
-        name = feature_name(bound.found, names)
+    for bound, name in zip(bounds, names, strict=True):
         for answer, row in bound.answers.items():
             cells = [mean_text(row, metric) for metric in metrics]
             lines.append((name, answer, *cells, distance_text(row.inversion.feature_loss), str(bound.count)))
@@ -107,16 +93,14 @@ def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
     return [Finding(TITLE, paragraphs=tuple(_paragraphs(bounds, metrics)), tables=tables, wide=True)]
 
 
-def _controls(
-    bounds: Sequence[Bound], names: Mapping[str, str], metrics: Sequence[str]
-) -> Iterable[TextTable]:
+def _controls(bounds: Sequence[Bound], names: Sequence[str], metrics: Sequence[str]) -> Iterable[TextTable]:
     """Tabulate scores that do not depend on an image's own features, beside those of the bound."""
     lines = []
-    for bound in bounds:
+    for bound, name in zip(bounds, names, strict=True):
         for answer, row in bound.answers.items():
             if (controls := row.inversion.controls) is None:
                 continue
-            cells = [feature_name(row, names), answer]
+            cells = [name, answer]
             for metric in metrics:
                 for scores in (row.scores, controls.other_image, controls.prior_alone):
                     score = scores and scores[metric]
@@ -162,8 +146,8 @@ def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str
     for metric in metrics:
         means = [statistics.fmean(gap.values()) for bound in bounds if (gap := bound.missed(metric))]
         if means:
-            ends = dict.fromkeys(format_score(end, metric, signed=True) for end in (min(means), max(means)))
-            gaps[metric] = f"{' to '.join(ends)}{METRICS[metric].unit} {METRICS[metric].title}"
+            told = extent(means, lambda mean, metric=metric: format_score(mean, metric, signed=True))
+            gaps[metric] = f"{told}{METRICS[metric].unit} {METRICS[metric].title}"
     if gaps:
         yield f"From the decoders to the measured bound: {', '.join(gaps.values())}."
     if refined and estimates:
@@ -184,22 +168,27 @@ def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str
 
 def _worse(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str]:
     """Yield each metric with the layers whose bound is worse than its decoder in the digits of the table."""
-    names = short_encoders([bound.found for bound in bounds])
     for metric in metrics:
         facts, behind = METRICS[metric], []
-        for bound in bounds:
+        for bound, name in zip(bounds, _names(bounds), strict=True):
             gaps = bound.missed(metric)
             gap = round(statistics.fmean(gaps.values()), facts.digits) if gaps else 0
             if facts.sign * gap < 0:
-                behind.append(f"{feature_name(bound.found, names)} ({bound.decoder_label})")
+                behind.append(f"{name} ({bound.decoder_label})")
         if behind:
             yield f"{facts.title} for {', '.join(behind)}"
 
 
-def feature_name(row: Row, names: Mapping[str, str]) -> str:
-    """Return the encoder's short name and the layer, with the label of weights that are not pretrained."""
-    what = row.label.partition(" · ")[0] if row.is_fused else f"{names[row.encoder]} {row.layer}"
-    return named_features(what, row.origin)
+def _names(bounds: Sequence[Bound]) -> list[str]:
+    """Return for each bound the encoder's short name and the layer, with its weights and seed where they tell apart."""
+    rows = [bound.found for bound in bounds]
+    encoders, names = short_encoders(rows), []
+    has_seeds = len({row.start.seed for row in rows if row.start}) > 1
+    for row in rows:
+        what = row.label.partition(" · ")[0] if row.is_fused else f"{encoders[row.encoder]} {row.layer}"
+        seed = f", seed {row.start.seed}" if has_seeds and row.start else ""
+        names.append(named_features(what, row.origin) + seed)
+    return names
 
 
 def mean_text(row: Row, metric: str) -> str:
@@ -233,8 +222,9 @@ def print_bounds(inversions: Sequence[Row]) -> None:
     table.add_column("how")
     for column in ("PSNR (dB)", "SSIM", "LPIPS", "feature loss", "passes", "s an image", "images"):
         table.add_column(column, justify="right")
-    rows = bound_rows(inversions)
+    rows, of = bound_rows(inversions), _which(inversions)
     for row in rows:
+        row["how"] += of[row["run"]]
         lpips = "–" if row["lpips"] is None else f"{row['lpips']:.3f}"
         loss = "–" if row["feature_loss"] is None else distance_text(row["feature_loss"])
         table.add_row(
@@ -257,16 +247,33 @@ def print_bounds(inversions: Sequence[Row]) -> None:
             )
 
 
+def _which(inversions: Sequence[Row]) -> dict[str, str]:
+    """Return, by run, what tells its decoder from others of the same name and features: the seed, else the run."""
+    told = {row.run.name: "" for row in inversions}
+    for same in group_by(inversions, lambda row: (features_label(row), row.inversion.start_decoder)).values():
+        starts = {row.inversion.start: row.start for row in same}
+        seeds = {start.seed for start in starts.values() if start}
+        if len(starts) > 1:
+            for row in same:
+                is_told = row.start and len(seeds) == len(starts)
+                told[row.run.name] = (
+                    f", seed {row.start.seed}" if is_told else f", from {row.inversion.start[-8:]}"
+                )
+    return told
+
+
 def write_bounds(inversions: Sequence[Row], output: Path) -> list[Path]:
     """Write bounds.csv, bounds.json and, for searches, saturation.png and .svg; return their paths."""
-    from afterimage.report.figures.curves import draw_saturation
-    from afterimage.report.figures.style import render
+    from afterimage.report.figures.curves import saturation
+    from afterimage.report.figures.style import render, style
 
     rows = bound_rows(inversions)
     write_csv(output / "bounds.csv", rows)
     write_json(output / "bounds.json", rows)
     written = [output / "bounds.csv", output / "bounds.json"]
-    if drawing := draw_saturation(inversions):
+    with style():
+        drawings = saturation(Rows((), (), (), inversions=tuple(inversions)))
+    for drawing in drawings:
         for suffix, content in zip(("png", "svg"), render(drawing.figure), strict=True):
             written.append(output / f"saturation.{suffix}")
             write_atomic(written[-1], content)

@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
+from skimage.util import montage
 
-from afterimage.config import AfterimageError, DataConfig, RunConfig, dump_toml, to_dict
+from afterimage.config import AfterimageError, DataConfig, RunConfig, dump_toml, join_names, to_dict
 from afterimage.report.card import model_card
-from afterimage.report.rows import Rows, read_rows
+from afterimage.report.reading import read_rows
+from afterimage.report.rows import Rows
 from afterimage.runs.files import read_image, sha256
 from afterimage.runs.repository import (
     CARD,
@@ -63,18 +65,13 @@ class ImageGrid:
     @property
     def png(self) -> bytes:
         """PNG file with a row of originals, and below it a row for each decoder."""
-        gap = 6
         rows = [self.originals, *self.reconstructions.values()]
         height, width = self.originals[0].shape[:2]
-        columns = len(self.originals)
-        size = (columns * (width + gap) - gap, len(rows) * (height + gap) - gap)
-        sheet = Image.new("RGB", size, "white")
-        for y, row in enumerate(rows):
-            for x, pixels in enumerate(row):
-                image = Image.fromarray(pixels).resize((width, height))
-                sheet.paste(image, (x * (width + gap), y * (height + gap)))
+        images = [np.array(Image.fromarray(image).resize((width, height))) for row in rows for image in row]
+        grid = (len(rows), len(self.originals))
+        sheet = montage(images, (255,) * 3, grid_shape=grid, padding_width=6, channel_axis=-1)
         buffer = io.BytesIO()
-        sheet.save(buffer, "PNG")
+        Image.fromarray(sheet[6:-6, 6:-6]).save(buffer, "PNG")
         return buffer.getvalue()
 
 
@@ -110,10 +107,8 @@ def shareable_runs(runs: Sequence[Run]) -> list[Run]:
     """
     found = [run for run in runs if run.has_result and run.result.kind == "decoder"]
     if not found:
-        kinds = ", ".join(
-            f"{run.name} ({run.result.kind if run.has_result else run.state})" for run in runs[:5]
-        )
-        raise AfterimageError(f"none of these runs has a decoder to share: {kinds}")
+        kinds = [f"{run.name} ({run.result.kind if run.has_result else run.state})" for run in runs]
+        raise AfterimageError(f"none of these runs has a decoder to share: {join_names(kinds, 5)}")
     for run in found:
         try:
             check_shareable(_public_config(run))
@@ -262,8 +257,10 @@ def _card_rows(runs: Sequence[Run], beside: Sequence[Run], with_names: bool) -> 
 
 def public_rows(rows: Rows, *, with_names: bool) -> Rows:
     """Apply `remove_private_facts` to rows and drop unfinished runs, whose errors may contain private names."""
-    groups = (rows.decoders, rows.baselines, rows.inversions)
-    shown = iter(remove_private_facts([row for group in groups for row in group], with_names=with_names))
-    decoders, baselines, inversions = (tuple(next(shown) for _ in group) for group in groups)
-    inversions = decoders if rows.inversions is rows.decoders else inversions
+    shown = dict(
+        zip(map(id, rows.every), remove_private_facts(rows.every, with_names=with_names), strict=True)
+    )
+    decoders, baselines, inversions = (
+        tuple(shown[id(row)] for row in group) for group in (rows.decoders, rows.baselines, rows.inversions)
+    )
     return replace(rows, decoders=decoders, baselines=baselines, inversions=inversions, unfinished=())

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,6 @@ from afterimage.report.format import Finding, TextTable, format_score
 from afterimage.report.rows import Row, group_by
 from afterimage.runs.files import read_image
 from afterimage.runs.results import METRICS
-from afterimage.runs.run import Run
 
 RESNET, VGG, VIT = "resnet34.tv_in1k", "vgg16.tv_in1k", "vit_base_patch16_224.augreg2_in21k_ft_in1k"
 
@@ -32,46 +30,32 @@ class PublishedRow:
 
     sources: tuple[str, ...]
     decoder: str
+    parameters: int | None
     psnr: tuple[float, float | None]
     ssim: tuple[float, float | None]
     lpips: tuple[float, float] | None
-    parameters: int | None
 
 
-def _row(source: str, parameters: int, psnr: Any, ssim: Any, lpips: Any) -> PublishedRow:
-    return PublishedRow((source,), "attention", psnr, ssim, lpips, parameters)
-
-
-FUSION = PublishedRow(
-    (
-        f"{RESNET}:layer1",
-        f"{VGG}:block1",
-        "vit_small_patch16_224.augreg_in21k_ft_in1k:block1",
-        "pvt_v2_b2.in1k:stage1",
-    ),
-    "transposed",
-    (17.57, None),
-    (0.586, None),
-    None,
-    None,
+SINGLE = (  # of one layer, by the attention decoder
+    (f"{RESNET}:layer1", 250_147, (14.32, 0.94), (0.474, 0.045), (0.455, 0.031)),
+    (f"{RESNET}:layer2", 974_563, (14.04, 0.86), (0.390, 0.042), (0.555, 0.029)),
+    (f"{RESNET}:layer3", 3_865_187, (13.12, 0.71), (0.283, 0.045), (0.782, 0.025)),
+    (f"{RESNET}:layer4", 15_413_603, (12.72, 0.63), (0.272, 0.046), (0.867, 0.023)),
+    (f"{VGG}:block1", 233_667, (14.45, 2.27), (0.530, 0.121), (0.398, 0.109)),
+    (f"{VGG}:block2", 958_083, (14.34, 0.94), (0.495, 0.045), (0.432, 0.031)),
+    (f"{VGG}:block3", 3_848_707, (14.01, 0.85), (0.405, 0.044), (0.536, 0.031)),
+    (f"{VGG}:block4", 15_397_123, (13.40, 0.69), (0.305, 0.048), (0.709, 0.038)),
+    (f"{VGG}:block5", 15_413_603, (12.68, 0.59), (0.273, 0.047), (0.880, 0.030)),
+    (f"{VIT}:block0", 34_621_827, (14.29, 0.93), (0.454, 0.045), (0.509, 0.033)),
+    (f"{VIT}:block1", 34_621_827, (14.01, 0.87), (0.377, 0.043), (0.611, 0.027)),
+    (f"{VIT}:block5", 34_621_827, (13.89, 0.82), (0.346, 0.044), (0.654, 0.027)),
+    (f"{VIT}:block8", 34_621_827, (13.33, 0.71), (0.289, 0.047), (0.790, 0.031)),
+    (f"{VIT}:block11", 34_621_827, (12.85, 0.65), (0.278, 0.046), (0.861, 0.026)),
 )
-PUBLISHED = (
-    _row(f"{RESNET}:layer1", 250_147, (14.32, 0.94), (0.474, 0.045), (0.455, 0.031)),
-    _row(f"{RESNET}:layer2", 974_563, (14.04, 0.86), (0.390, 0.042), (0.555, 0.029)),
-    _row(f"{RESNET}:layer3", 3_865_187, (13.12, 0.71), (0.283, 0.045), (0.782, 0.025)),
-    _row(f"{RESNET}:layer4", 15_413_603, (12.72, 0.63), (0.272, 0.046), (0.867, 0.023)),
-    _row(f"{VGG}:block1", 233_667, (14.45, 2.27), (0.530, 0.121), (0.398, 0.109)),
-    _row(f"{VGG}:block2", 958_083, (14.34, 0.94), (0.495, 0.045), (0.432, 0.031)),
-    _row(f"{VGG}:block3", 3_848_707, (14.01, 0.85), (0.405, 0.044), (0.536, 0.031)),
-    _row(f"{VGG}:block4", 15_397_123, (13.40, 0.69), (0.305, 0.048), (0.709, 0.038)),
-    _row(f"{VGG}:block5", 15_413_603, (12.68, 0.59), (0.273, 0.047), (0.880, 0.030)),
-    _row(f"{VIT}:block0", 34_621_827, (14.29, 0.93), (0.454, 0.045), (0.509, 0.033)),
-    _row(f"{VIT}:block1", 34_621_827, (14.01, 0.87), (0.377, 0.043), (0.611, 0.027)),
-    _row(f"{VIT}:block5", 34_621_827, (13.89, 0.82), (0.346, 0.044), (0.654, 0.027)),
-    _row(f"{VIT}:block8", 34_621_827, (13.33, 0.71), (0.289, 0.047), (0.790, 0.031)),
-    _row(f"{VIT}:block11", 34_621_827, (12.85, 0.65), (0.278, 0.046), (0.861, 0.026)),
-    FUSION,
-)
+_VIT_SMALL, _PVT = "vit_small_patch16_224.augreg_in21k_ft_in1k:block1", "pvt_v2_b2.in1k:stage1"
+FUSED = (f"{RESNET}:layer1", f"{VGG}:block1", _VIT_SMALL, _PVT)
+FUSION = PublishedRow(FUSED, "transposed", None, (17.57, None), (0.586, None), None)
+PUBLISHED = (*(PublishedRow((source,), "attention", *facts) for source, *facts in SINGLE), FUSION)
 
 
 def find_published(sources: Iterable[str], decoder: str) -> PublishedRow | None:
@@ -80,40 +64,25 @@ def find_published(sources: Iterable[str], decoder: str) -> PublishedRow | None:
     return next((row for row in PUBLISHED if row.decoder == decoder and set(row.sources) == key), None)
 
 
-@dataclass(frozen=True)
-class PublishedComparison:
-    """One run with the published row that it repeats.
-
-    `ours` are mean scores, without LPIPS where it was measured with another network than the published
-    AlexNet; `ceiling` is None where no test images are kept; `why` says in sentences why the two may differ.
-    """
-
-    published: PublishedRow
-    ours: dict[str, float | None]
-    ceiling: Ceiling | None
-    why: str
-
-
 def published_finding(rows: Iterable[Row]) -> Finding | None:
     """Compare rows with the published ones that they repeat; None where there are none. See `beside_published`."""
     found = beside_published(rows)
     if not found:
         return None
-    table = []
-    for b in found:
-        scores = [_pair(getattr(b.published, metric), b.ours[metric], metric) for metric in METRICS]
-        reach = f"{format_score(b.ceiling.psnr, 'psnr')} dB" if b.ceiling else "unknown"
-        table.append((" + ".join(b.published.sources), b.published.decoder, *scores, reach))
+    table, reasons = [], group_by(found, lambda each: each[-1])
+    for theirs, ours, ceiling, _ in found:
+        scores = [_pair(getattr(theirs, metric), ours[metric], metric) for metric in METRICS]
+        reach = f"{format_score(ceiling.psnr, 'psnr')} dB" if ceiling else "unknown"
+        table.append((" + ".join(theirs.sources), theirs.decoder, *scores, reach))
     scores = ("PSNR published → here", "SSIM", "LPIPS (alex)")
     header = ("features", "decoder", *scores, "best within the published range")
-    reasons = group_by(found, lambda b: b.why)
     paragraphs = [
         "Blazanovic and Khan (2025) on DIV2K; their deviations are over batch means. The last column is "
         "computed here: what a perfect decoder with the published pipeline's range would score on the test "
         "images that these run folders keep.",
     ]
     for why, own in reasons.items():
-        names = ", ".join(" + ".join(b.published.sources) for b in own)
+        names = ", ".join(" + ".join(theirs.sources) for theirs, *_ in own)
         paragraphs.append(why if len(reasons) == 1 else f"{names}: {why}")
     paragraphs.append(
         "Images, epochs and hardware may differ as well: the rows' configurations say what was done here."
@@ -136,18 +105,25 @@ def _pair(theirs: tuple[float, float | None] | None, ours: float | None, metric:
     return f"{published} → {'unavailable' if ours is None else format_score(ours, metric)}"
 
 
-def beside_published(rows: Iterable[Row]) -> list[PublishedComparison]:
+def beside_published(
+    rows: Iterable[Row],
+) -> list[tuple[PublishedRow, dict[str, float | None], Ceiling | None, str]]:
     """Pair every row that repeats a published row with that row.
 
     A row repeats another if sources, decoder and number of parameters agree (for the fusion: its name and
     size) and its weights are pretrained. The data need not be DIV2K.
+
+    Returns:
+        for each pair the published row; our mean scores, without LPIPS where it was measured with another network
+        than the published AlexNet; the ceiling on the kept test images, None where there are none; and sentences that
+        say why the two may differ
 
     Raises:
         AfterimageError: a kept image cannot be read
     """
     results = []
     for same in group_by(rows, lambda row: row.data.test_digest).values():
-        images = originals(row.run for row in same)
+        images = dict(sorted({i: original for row in same for i, original, _ in row.run.images}.items()))
         ceiling = published_ceiling(map(_pixels, images.values())) if images else None
         for row in same:
             if theirs := _counterpart(row):
@@ -155,7 +131,7 @@ def beside_published(rows: Iterable[Row]) -> list[PublishedComparison]:
                 ours = {metric: score and score.mean for metric, score in row.scores.items()}
                 ours |= {} if row.lpips.net == "alex" else {"lpips": None}
                 why = why_they_differ(theirs, statistics.fmean(kept) if kept else None, ceiling)
-                results.append(PublishedComparison(theirs, ours, ceiling, why))
+                results.append((theirs, ours, ceiling, why))
     return results
 
 
@@ -239,11 +215,3 @@ def published_ceiling(images: Iterable[np.ndarray]) -> Ceiling:
 
 def _pixels(path: Path) -> np.ndarray:
     return np.asarray(read_image(path).convert("RGB"), dtype=float).transpose(2, 0, 1) / 255
-
-
-def originals(runs: Iterable[Run]) -> dict[str, Path]:
-    """Return the test images kept in these run folders, by id."""
-    found: dict[str, Path] = {}
-    for name, original, _ in (kept for run in runs for kept in run.images):
-        found.setdefault(name, original)
-    return dict(sorted(found.items()))

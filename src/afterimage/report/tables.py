@@ -12,6 +12,7 @@ from afterimage.config import PROTOCOLS, check_choice
 from afterimage.evaluation.intervals import INTERVAL_NAME
 from afterimage.report.format import (
     MISSING,
+    extent,
     interval_ends,
     latex,
     markdown,
@@ -20,7 +21,7 @@ from afterimage.report.format import (
     single_line,
     spreadsheet,
 )
-from afterimage.report.rows import Row, Rows, fusion_legend, group_by
+from afterimage.report.rows import Row, Rows, group_by
 from afterimage.runs.results import METRICS, Score
 from afterimage.runtime.terminal import console
 
@@ -29,17 +30,17 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-SPREADS = {"std": "± standard deviation", "interval": f"and its {INTERVAL_NAME}"}
+SPREADS = {"std": "± standard deviation ", "interval": f"and its {INTERVAL_NAME} "}
+"""What the caption says of the text after each mean."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Content of one cell: lines of text and footnote numbers; `bold` marks the best, `loud` a warning."""
+    """Content of one cell: lines of text and footnote numbers; `bold` marks the best score, and random weights."""
 
     lines: tuple[str, ...]
     marks: tuple[int, ...] = ()
     bold: bool = False
-    loud: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,6 @@ class Line:
 
     row: Row
     cells: dict[str, Cell]
-
-    @property
-    def group(self) -> tuple[str, str]:
-        """Encoder and label of its weights, both empty for baselines."""
-        return self.row.encoder, "" if self.row.is_baseline else self.row.origin
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ def build_table(rows: Rows, *, spread: str = "std") -> Table:
             mark = _number(notes, f"{metric} is not measured: {why}")
             cells[f"{metric}, {protocol} ↓"] = Cell(("not measured",), (mark,))
         lines.append(Line(row, cells))
-    return Table(tuple(lines), tuple(notes), _remark(rows, spread))
+    return Table(tuple(lines), tuple(notes), _remark(rows, SPREADS[spread]))
 
 
 def _number(notes: dict[str, int], text: str) -> int:
@@ -137,7 +133,7 @@ def _description_cells(row: Row, seeds: bool, notes: dict[str, int]) -> dict[str
         "parameters": (MISSING if row.is_baseline or row.parameters is None else f"{row.parameters:,}",),
         "training": (MISSING if row.is_baseline else seconds,),
     }
-    cells = {name: Cell(lines, loud=name == "weights" and row.is_random) for name, lines in texts.items()}
+    cells = {name: Cell(lines, bold=name == "weights" and row.is_random) for name, lines in texts.items()}
     cells["features"] = Cell(names, tuple(_number(notes, note) for note in row.notes))
     return cells if seeds else {name: cell for name, cell in cells.items() if name != "seed"}
 
@@ -179,10 +175,9 @@ def best_mean(rows: Sequence[Row], metric: str, net: str = "") -> str | None:
 
 
 def _remark(rows: Rows, spread: str) -> str:
-    counts = sorted({score.count for row in rows.all for m in METRICS if (score := row.scores[m])})
-    over = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    counts = {score.count for row in rows.all for m in METRICS if (score := row.scores[m])}
     best = " Bold: the best decoder row, ties included." if rows.decoders else ""
-    return f"Mean {SPREADS[spread]} over {over} test image{'s' if counts != [1] else ''}.{best}"
+    return f"Mean {spread}over {extent(counts)} test image{'s' if counts != {1} else ''}.{best}"
 
 
 _RIGHT = ("reduction", "seed", "parameters", "training")
@@ -203,7 +198,7 @@ def markdown_table(rows: Rows, *, spread: str = "std") -> str:
 def _markdown_cell(cell: Cell, row: Row) -> str:
     lines = (markdown_code(line) if line in row.sources else markdown(line) for line in cell.lines)
     text = "<br>".join(lines)
-    return (f"**{text}**" if cell.bold or cell.loud else text) + superscript(cell.marks)
+    return (f"**{text}**" if cell.bold else text) + superscript(cell.marks)
 
 
 def superscript(marks: Iterable[int]) -> str:
@@ -215,47 +210,28 @@ def _is_right(name: str) -> bool:
 
 
 def latex_table(rows: Rows, *, spread: str = "std") -> str:
-    r"""Write a booktabs table, a group of rows for each encoder. Needs `\usepackage{booktabs,textcomp}`."""
+    r"""Write the table of `markdown_table` with booktabs. Needs `\usepackage{booktabs,textcomp}`."""
     table = build_table(rows, spread=spread)
-    header = [name for name in table.header if name != "weights"]
-    columns = "".join("r" if _is_right(name) else "l" for name in header)
+    columns = "".join("r" if _is_right(name) else "l" for name in table.header)
     lines = [
         r"% \usepackage{booktabs,textcomp}", rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}", r"\toprule",
-        _latex_line(map(latex, header)), r"\midrule",
+        " & ".join(map(latex, table.header)) + r" \\", r"\midrule",
     ]  # fmt: skip
-    for i, (group, members) in enumerate(group_by(table.lines, lambda line: line.group).items()):
-        lines += [r"\addlinespace"] if i else []
-        lines.append(rf"\multicolumn{{{len(header)}}}{{@{{}}l}}{{{_latex_heading(*group)}}} \\")
-        for line in members:
-            cells = [line.cells[name] for name in header]
-            if len(line.row.sources) == 1:  # the heading names the encoder
-                cells[0] = Cell((line.row.layer,), cells[0].marks)
-            # Cells with several lines continue in further rows.
-            for part in range(max(len(cell.lines) for cell in cells)):
-                lines.append(_latex_line(_latex_cell(cell, part) for cell in cells))
+    for cells in (line.cells.values() for line in table.lines):
+        # Cells with several lines continue in further rows.
+        for part in range(max(len(cell.lines) for cell in cells)):
+            lines.append(" & ".join(_latex_cell(cell, part) for cell in cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", "", r"{\smallskip\footnotesize", latex(table.remark)]
     lines += [rf"\par\textsuperscript{{{i}}} {latex(note)}" for i, note in enumerate(table.footnotes, 1)]
     lines.append(r"\par}")
     return "\n".join(lines) + "\n"
 
 
-def _latex_line(cells: Iterable[str]) -> str:
-    return " & ".join(cells) + r" \\"
-
-
-def _latex_heading(encoder: str, weights: str) -> str:
-    if not encoder:
-        return r"\emph{baselines}"
-    name = "fusion of several sources" if encoder == "fusion" else rf"\texttt{{{latex(encoder)}}}"
-    loud = rf"\textbf{{{latex(weights.upper())} WEIGHTS}}"
-    return f"{name}, {loud if 'random' in weights else latex(weights) + ' weights'}"
-
-
 def _latex_cell(cell: Cell, i: int) -> str:
     if i >= len(cell.lines):
         return ""
     text = latex(cell.lines[i])
-    text = rf"\textbf{{{text}}}" if cell.bold or cell.loud else text
+    text = rf"\textbf{{{text}}}" if cell.bold else text
     return text + (rf"\textsuperscript{{{','.join(map(str, cell.marks))}}}" if cell.marks and i == 0 else "")
 
 
@@ -306,9 +282,16 @@ def _record(row: Row) -> dict[str, Any]:
     return {key: spreadsheet(value) if isinstance(value, str) else value for key, value in record.items()}
 
 
+def fusion_legend(rows: Iterable[Row]) -> list[str]:
+    """Explain the fusion letters: `fusion A: attention fusion, … of resnet34:layer1 + vgg16:block1`."""
+    fused = [row for row in rows if row.is_fused]
+    return list(dict.fromkeys(f"{r.layer}: {r.fusion_text} of {' + '.join(r.sources)}" for r in fused))
+
+
 # Columns dropped in this order until the table fits; "±" is the spread after each score.
 OPTIONAL_COLUMNS = ("reduction", "±", "shape", "parameters", "training", "seed")
 HEADING = 24
+"""Width from which a group's heading continues on the next line."""
 
 
 def console_table(rows: Rows, *, width: int | None = None) -> RichTable:
@@ -326,7 +309,7 @@ def _build(rows: Rows, layout: Table, dropped: tuple[str, ...]) -> RichTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    caption = [layout.remark, *fusion_legend(rows.decoders)]
+    caption = [_remark(rows, "" if "±" in dropped else SPREADS["std"]), *fusion_legend(rows.decoders)]
     caption += [f"{superscript([i])} {single_line(note)}" for i, note in enumerate(layout.footnotes, 1)]
     caption += [f"! {single_line(str(warning))}" for warning in (*rows.warnings, *rows.unfinished)]
     table = RichTable(
@@ -339,8 +322,11 @@ def _build(rows: Rows, layout: Table, dropped: tuple[str, ...]) -> RichTable:
             table.add_column(header, overflow="fold")
         else:
             table.add_column(header, justify="right", no_wrap=True)
-    for (encoder, weights), lines in group_by(layout.lines, lambda line: line.group).items():
-        style = "bold red" if "random" in weights else "bold"
+    groups = group_by(
+        layout.lines, lambda line: (line.row.encoder, line.row.control.upper() or line.row.origin)
+    )
+    for (encoder, weights), lines in groups.items():
+        style = "bold red" if lines[0].row.is_random else "bold"
         table.add_row(Text("\n".join(_heading(encoder, weights)), style=style))
         for line in lines:
             name = line.row.label if line.row.is_baseline else line.row.layer
@@ -354,7 +340,6 @@ def _heading(encoder: str, weights: str) -> list[str]:
     """Return the lines of a group's heading. Rich has no cells across columns, so long names are broken."""
     if not encoder:
         return ["baselines"]
-    weights = f"{weights.upper()} WEIGHTS" if "random" in weights else weights
     name = single_line(encoder, 60)
     if len(name) + len(weights) + 2 <= HEADING:
         return [f"{name}, {weights}"]

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -21,7 +22,8 @@ from afterimage.report.format import (
     single_line,
 )
 from afterimage.report.page.page import write_page
-from afterimage.report.rows import Row, Rows, flatten, read_rows
+from afterimage.report.reading import read_rows
+from afterimage.report.rows import Row, Rows, flatten
 from afterimage.report.tables import csv_table, latex_table, markdown_table
 from afterimage.runs.files import read_json, remove_temporary_files, write_atomic
 from afterimage.runs.run import Run
@@ -31,10 +33,8 @@ if TYPE_CHECKING:
     from afterimage.report.figures import Drawing
 
 
-Figures = dict[str, list[Any]]
-"""Figures by their place: `bound`, with the measured bound and before everything else, or `rest`."""
 BOUND_FIGURES = ("kept", "kept-by-depth")
-"""Names of the figures in the place `bound`."""
+"""Names of the figures with the measured bound, before everything else."""
 ON_PAGE = ("kept-by-depth", "training-curves", "distributions", "controls", "lost-by", "rate")
 """Beginnings of the names of figures that the page embeds; it draws the others itself."""
 STALE_SECONDS = 3600.0
@@ -43,7 +43,7 @@ TITLE = "How much of an image is left in the features?"
 
 
 def write_report(
-    runs: Iterable[Run], out: str | Path, *, title: str = TITLE, sections: Sequence[tuple[str, str]] = (),
+    runs: Iterable[Run], out: str | Path, *, title: str = TITLE,
     spread: str = "std", progress: Progress = no_progress,
 ) -> dict[str, Path]:  # fmt: skip
     """Write the report of these runs.
@@ -55,7 +55,6 @@ def write_report(
         runs: the runs
         out: folder of the report
         title: title of the report
-        sections: `(heading, Markdown)` pairs to add after the figures
         spread: what follows means in the tables, `std` or `interval`
         progress: called with the progress
 
@@ -89,12 +88,15 @@ def write_report(
     more = [*([answers.beside] if answers.beside else []), *control_findings(rows.decoders)]
     progress("statistics", 1, 1)
     problems: list[str] = []
-    figures, on_page = _draw(rows, write, progress, problems)
+    drawn = list(_draw(rows, write, progress, problems))
+    front, rest = ([d for d in drawn if (d.name in BOUND_FIGURES) == is_front] for is_front in (True, False))
+    on_page = [[d for d in group if d.name.startswith(ON_PAGE)] for group in (front, rest)]
     try:
         written["index.html"] = write_page(
-            rows, out / "index.html", title=title, bounds=bounds, bound_figures=on_page["bound"],
+            rows, out / "index.html", title=title, bounds=bounds,
+            bound_figures=[(d.caption, out / f"figures/{d.name}.png") for d in on_page[0]],
             findings=[*answers.findings, *more], lead=answers.lead, problems=[*answers.problems, *problems],
-            figures=on_page["rest"], progress=progress,
+            figures=[(d.title, out / f"figures/{d.name}.png") for d in on_page[1]], progress=progress,
         )  # fmt: skip
     except AfterimageError as error:
         problems.append(f"The page index.html could not be written: {error}")
@@ -102,15 +104,14 @@ def write_report(
     parts = [
         f"# {markdown(title)}", _sentence(rows), *_warning_blocks(rows, problems),
         *(["Also as [a page](index.html) with every image and chart."] if "index.html" in written else []),
-        *(block for finding in bounds for block in markdown_finding(finding, "##")), *figures["bound"],
+        *(block for finding in bounds for block in markdown_finding(finding, "##")), *map(_figure, front),
         "## Results",
         markdown_table(rows, spread=spread).rstrip(),
         "Also as [CSV](table.csv) and [LaTeX](table.tex).",
         "## Findings", *markdown_findings(answers),
         *(["All numbers as [JSON](findings.json)."] if answers.findings else []),
         *(block for finding in more for block in markdown_finding(finding, "##")),
-        "## Figures", *figures["rest"],
-        *(part for heading, text in sections for part in (f"## {markdown(heading)}", text.strip())),
+        "## Figures", *map(_figure, rest),
         *_unfinished(rows), "## Weights", *_weights(rows), "## How each row was made", *_origins(rows, out),
     ]  # fmt: skip
     write("report.md", "\n\n".join(parts) + "\n")
@@ -119,25 +120,19 @@ def write_report(
 
 def _draw(
     rows: Rows, write: Callable[[str, bytes], Path], progress: Progress, problems: list[str]
-) -> tuple[Figures, Figures]:
-    """Draw and write the figures; return those of report.md as Markdown, and text and file of those on the page."""
+) -> Iterable[Drawing]:
+    """Draw and write the figures; yield what remains of each: all but the drawing itself, which is large."""
     from afterimage.report.figures import DRAWING_ERRORS, draw, render
 
-    figures: Figures = {"bound": [], "rest": []}
-    on_page: Figures = {"bound": [], "rest": []}
     for drawing in draw(rows, progress, problems):
         try:
             png, svg = render(drawing.figure)
         except DRAWING_ERRORS as error:
             problems.append(f"The figure {drawing.name} could not be drawn: {error}")
             continue
-        file = write(f"figures/{drawing.name}.png", png)
+        write(f"figures/{drawing.name}.png", png)
         write(f"figures/{drawing.name}.svg", svg)
-        place = "bound" if drawing.name in BOUND_FIGURES else "rest"
-        figures[place].append(_figure(drawing))
-        if drawing.name.startswith(ON_PAGE):
-            on_page[place].append((drawing.caption if place == "bound" else drawing.title, file))
-    return figures, on_page
+        yield replace(drawing, figure=None)
 
 
 def _sentence(rows: Rows) -> str:
@@ -209,7 +204,7 @@ def _origins(rows: Rows, out: Path) -> Iterable[str]:
         text = "\n".join(f"{key} = {json.dumps(settings[0][key], default=str)}" for key in shared)
         yield markdown_block(text, "toml")
     facts = [_facts(row.run) for row in rows.every]
-    yield f"Made with {'; or with '.join(dict.fromkeys(map(_environment, facts)))}."
+    yield f"Made with {_environments(facts)}."
     made = zip(rows.every, facts, strict=True)
     lines = ((markdown(_label(row)), _link(row.run, out), _command(each)) for row, each in made)
     yield markdown_grid(("row", "configuration", "command"), lines)
@@ -236,13 +231,19 @@ def _facts(run: Run) -> Mapping[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _environment(facts: Mapping[str, Any]) -> str:
-    versions = facts.get("versions")
-    versions = versions if isinstance(versions, dict) else {}
-    known = {name: versions.get(name) for name in ("afterimage", "torch", "timm")}
-    known |= {name: facts.get(name) for name in ("python", "platform", "commit", "device", "threads")}
-    parts = [f"{name} {value}" for name, value in known.items() if value]
-    return markdown(", ".join(parts)) if parts else "an environment that was not recorded"
+def _environments(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Write versions and machines, each value once."""
+    known = []
+    for facts in runs:
+        versions = facts.get("versions")
+        known.append({**(versions if isinstance(versions, dict) else {}), **facts})
+    parts, unknown = [], known
+    for name in ("afterimage", "torch", "timm", "python", "platform", "commit", "device", "threads"):
+        if values := dict.fromkeys(str(each[name]) for each in known if each.get(name)):
+            parts.append(f"{name} {' or '.join(values)}")
+            unknown = [each for each in unknown if not each.get(name)]
+    told = [markdown(", ".join(parts))] if parts else []
+    return "; or with ".join(told + ["an environment that was not recorded"] * bool(unknown))
 
 
 def _command(facts: Mapping[str, Any]) -> str:

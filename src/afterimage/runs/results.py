@@ -444,7 +444,8 @@ def read_result(folder: Path) -> Result:
     """Read a finished run's result.
 
     Raises:
-        AfterimageError: a file is missing, damaged or of another version; the message names the file and the key
+        AfterimageError: a file is missing, damaged or of another version, or the two files do not agree; the message
+            names the file and the key
     """
     path = folder / SUMMARY
     values = read_object(path, "version", VERSION)
@@ -456,9 +457,24 @@ def read_result(folder: Path) -> Result:
     config = KINDS[kind] and load_toml(KINDS[kind], folder / CONFIG)
     rows = _read_scores(folder / SCORES)
     try:
-        return from_dict(Result, values | {"config": config, "per_image": rows})
+        result = from_dict(Result, values | {"config": config, "per_image": rows})
     except AfterimageError as error:
         raise AfterimageError(f"{printable_path(path)}: {error}") from None
+    for metric, score in result.scores.items():
+        if why := _disagreement(score, list(result.values(metric).values())):
+            both = f"{printable_path(path)} and {printable_path(folder / SCORES)} do not agree"
+            raise AfterimageError(f"{both} about {metric}: {why}; one of the files was changed")
+    return result
+
+
+def _disagreement(score: Score | None, values: Sequence[float]) -> str:
+    """Return how the score of a summary differs from that of the images; empty where it does not."""
+    then, now = score.count if score else 0, len(values)
+    if then != now:
+        return f"{then} images were scored, {now} are listed"
+    if score and not math.isclose(score.mean, mean := statistics.fmean(values), rel_tol=1e-9, abs_tol=1e-9):
+        return f"the mean is {score.mean:g}, that of the images {mean:g}"
+    return ""
 
 
 def _read_scores(path: Path) -> list[dict[str, Any]]:

@@ -52,8 +52,7 @@ def settings(factory, layer, *defences, attackers=DECODED, **changes):
 
 def audited(config, root, cache):
     results = run_audit(config, root, cache=cache, accelerator="cpu")
-    measured = (results.rows, results.blind, results.costs)
-    return results, judge(*measured, config.limits, results.failures, results.unmeasured)
+    return results, judge(results, config.limits)
 
 
 LIMITS = LimitsConfig(max_ssim=0.9, max_identification=0.05)

@@ -41,9 +41,7 @@ def cache(tmp_path_factory):
 
 def audited(config, root, cache):
     results = run_audit(config, root, cache=cache, accelerator="cpu")
-    measured = (results.rows, results.blind, results.costs)
-    verdict = judge(*measured, config.limits, results.failures, results.unmeasured)
-    return results, verdict
+    return results, judge(results, config.limits)
 
 
 def rows(results):

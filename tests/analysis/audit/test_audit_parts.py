@@ -19,10 +19,11 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.evaluation.reidentification import Gallery, downscale
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.lpips import LPIPS
+from afterimage.report.audit import verdict as verdicts
 from afterimage.report.audit.page import privacy_utility
-from afterimage.report.audit.verdict import INCONCLUSIVE, LEAKS, WITHIN, judge
-from afterimage.runs.audit import COMPARISON_SIDE
-from afterimage.runs.results import Attacker, AttackFacts, Interval, WorstCase
+from afterimage.report.audit.verdict import INCONCLUSIVE, LEAKS, WITHIN
+from afterimage.runs.audit import COMPARISON_SIDE, Attack, AuditResults
+from afterimage.runs.results import Attacker, Interval, WorstCase
 
 
 def sample_images(count, seed=0, size=24):
@@ -154,7 +155,7 @@ def interval(estimate, half=0.02, count=100):
 
 def row(layer, defence, ssim, found, decoder="linear", images=640):
     shares = {"pixels": interval(found), "correlation": interval(found / 2)}
-    return AttackFacts(
+    return Attack(
         layer, defence, Attacker(decoder, images, "black-box", "", "decoded"), {"ssim": interval(ssim)},
         WorstCase("image", ssim), shares, 100, 0.01, 1.0,
     )  # fmt: skip
@@ -180,6 +181,10 @@ COSTS = {
     ("b", "int8"): cost(0.95),
     ("b", "1bit"): cost(0.5),
 }
+
+
+def judge(rows, blind, costs, limits, failures=()):
+    return verdicts.judge(AuditResults({}, rows, blind, costs, failures=list(failures)), limits)
 
 
 def test_the_strongest_attacker_counts():

@@ -85,7 +85,7 @@ def test_a_store_is_audited_without_an_encoder(arrays, tmp_path):
     cost = results.costs["features", "none"]
     assert cost["score"] is None and "no network" in cost["notes"][0] and cost["bytes"] == 3 * 16 * 16 * 4
     assert any("without random crops" in note for note in results.notes)
-    assert judge(results.rows, results.blind, results.costs, config.limits).passed is False
+    assert judge(results, config.limits).passed is False
 
 
 def test_another_split_of_a_store_is_another_measurement(arrays, tmp_path):

@@ -22,13 +22,14 @@ from afterimage.evaluation.evaluate import (
 )
 from afterimage.evaluation.metrics import Metrics, psnr, ssim
 from afterimage.models.decoders.canvas import visible_box
+from afterimage.report.audit import verdict as verdicts
 from afterimage.report.audit.page import write_audit
-from afterimage.report.audit.verdict import LEAKS, SSIM_SEEN, judge
+from afterimage.report.audit.verdict import LEAKS, SSIM_SEEN
 from afterimage.runs.files import read_csv
 from afterimage.runs.results import VisibleRegion
 from simulated_runs import feature_map
 from test_audit import Decoded
-from test_audit_parts import cost, interval, row
+from test_audit_parts import cost, interval, judge, row
 
 DROPPED = "the last 8 rows and columns of 40x40 images are not seen"
 
@@ -53,7 +54,7 @@ def audits(tmp_path_factory):
 
 
 def judged(results, limits):
-    return judge(results.rows, results.blind, results.costs, limits, results.failures)
+    return verdicts.judge(results, limits)
 
 
 def test_a_crop_does_not_pass_for_the_pixels_that_are_dropped(audits):

@@ -10,7 +10,7 @@ from afterimage.config import DataConfig, DecoderConfig, RunConfig
 from afterimage.experiments.queue import train_runs
 from afterimage.experiments.study import with_matched_controls
 from afterimage.report.controls import control_findings
-from afterimage.report.rows import read_rows
+from afterimage.report.reading import read_rows
 from afterimage.runs.controls import read_part
 
 pytestmark = pytest.mark.long

@@ -146,17 +146,12 @@ def _albums(results: AuditResults, root: Path) -> list[dict[str, Any]]:
     """Return for each layer the first test images and, by defence, the answers of best mean SSIM."""
     albums = []
     for layer, rows in group_by(results.rows, lambda row: row.layer).items():
-        best = {
-            defence: max(own, key=lambda row: row.scores["ssim"].estimate)
-            for defence, own in group_by(rows, lambda row: row.defence).items()
-        }
-        stored = {defence: Run(root / row.folder).images[:SHOWN] for defence, row in best.items()}
-        originals = next((images for images in stored.values() if images), [])
-        columns = [{"name": "original", "images": _encoded(original for _, original, _ in originals)}]
-        columns += [
-            {"name": defence, "images": _encoded(path for _, _, path in images)}
-            for defence, images in stored.items()
-        ]
+        columns = {"original": []}
+        for defence, own in group_by(rows, lambda row: row.defence).items():
+            best = max(own, key=lambda row: row.scores["ssim"].estimate)
+            images = Run(root / best.folder).images[:SHOWN]
+            columns["original"] = columns["original"] or _encoded(original for _, original, _ in images)
+            columns[defence] = _encoded(path for *_, path in images)
         albums.append({"layer": layer, "columns": columns})
     return albums
 
@@ -174,8 +169,7 @@ def _encoded(paths: Iterable[Path]) -> list[str]:
 
 def _percent(value: float) -> str:
     """Write `0.4 %` below ten, `31 %` above, with a space that does not break."""
-    digits = 1 if 0 < value < 0.1 else 0
-    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+    return f"{value:.{1 if 0 < value < 0.1 else 0}%}".replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def _size(count: int) -> str:
@@ -207,6 +201,7 @@ def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: st
     height = PANEL[1] + 0.4 + 0.16 * (len(layers) + len(markers))
     figure = Figure((PANEL[0] * 2, height), layout="constrained")
     panels = figure.subplots(1, 2)
+    across = " or ".join(UTILITY[kind] for kind in sorted(kinds)) or "bytes sent an image (log scale)"
     for axes, (measure, label) in zip(panels, MEASURES.items(), strict=True):
         for option in shown:
             color, marker = layers[option.layer].color, markers[option.defence]
@@ -219,7 +214,7 @@ def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: st
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(-0.03, 1.03)
         axes.set_ylabel(f"{label} (less is safer)")
-        axes.set_xlabel(_x_label(kinds))
+        axes.set_xlabel(across)
         if not kinds:
             log_x(axes, lambda value: f"{value / 1000:g} kB", most=6)
             axes.margins(x=0.1)
@@ -232,8 +227,8 @@ def privacy_utility(options: Sequence[Option], limits: LimitsConfig, subject: st
     legend(figure, handles, columns=4)
     caption = (
         f"{subject}: what the strongest attacker measured gets from each layer (colour) behind each defence (marker), "
-        f"against {_x_label(kinds)}. Bars are {INTERVAL_NAME}s of means and exact ones of shares; the "
-        "dotted line is chance" + (", the dashed line the limit." if limits else ".")
+        f"against {across}. Bars are {INTERVAL_NAME}s of means and exact ones of shares; the dotted line is chance"
+        + (", the dashed line the limit." if limits else ".")
     )
     if seen := dict.fromkeys(option.layer for option in shown if option.ssim.by == SSIM_SEEN):
         caption += f" SSIM is that of the part that is seen for {', '.join(seen)}."
@@ -252,9 +247,3 @@ def _point(axes: Axes, option: Option, leak: Leak, color: str, marker: str) -> N
         [x], [leak.estimate], xerr=across, yerr=error_bars([found]),
         color=color, marker=marker, ms=5.5, mfc="none", mew=1.1, elinewidth=0.7, capsize=0,
     )  # fmt: skip
-
-
-def _x_label(kinds: set[str]) -> str:
-    if not kinds:
-        return "bytes sent an image (log scale)"
-    return " or ".join(UTILITY[kind] for kind in sorted(kinds))

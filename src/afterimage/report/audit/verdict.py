@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from afterimage.config.audit import LimitsConfig
 from afterimage.evaluation.intervals import share_interval
 from afterimage.report.rows import group_by
+from afterimage.runs.audit import AuditResults
 from afterimage.runs.results import Attacker, AttackFacts, Interval
 
 WITHIN, INCONCLUSIVE, LEAKS = "within limits", "not shown to be safe", "leaks"
@@ -114,42 +115,29 @@ def ssim_intervals(row: AttackFacts) -> dict[str, Interval]:
     return {SSIM: row.scores["ssim"]} | ({} if part is None else {SSIM_SEEN: part})
 
 
-def judge(
-    rows: Sequence[AttackFacts],
-    blind: Sequence[AttackFacts],
-    costs: Mapping[tuple[str, str], Mapping[str, Any]],
-    limits: LimitsConfig,
-    failures: Sequence[str] = (),
-    unmeasured: Collection[tuple[str, str]] = (),
-) -> Verdict:
+def judge(results: AuditResults, limits: LimitsConfig) -> Verdict:
     """Judge everything measured.
 
     Of several attackers and distances the worst counts: one that is shown to leak, else one that is not shown
     to be safe, and among equals the one with the highest decisive end of its interval. Where a layer's
     locations do not see the whole image, the worse of two measurements counts: of whole images, and of the
     seen part alone. What was brought back from behind a longer chain of defences counts too, since whoever gets
-    `pca:8`, or undefended features, can apply the rest of `pca:8+int8` to them.
-
-    Args:
-        rows: results of each attacker
-        blind: results of attackers without features
-        costs: costs by layer and defence
-        limits: limits to hold
-        failures: descriptions of what could not be measured
-        unmeasured: layers and defences for which an attacker could not be measured; never within limits
+    `pca:8`, or undefended features, can apply the rest of `pca:8+int8` to them. Where an attacker could not be
+    measured, a layer and its defence are never within limits.
     """
-    attacks = group_by(rows, lambda row: (row.layer, row.defence))
-    options = [
-        _option(_attainable(key, attacks), cost, limits, key not in unmeasured)
-        for key, cost in costs.items()
+    attacks = group_by(results.rows, lambda row: (row.layer, row.defence))
+    options = tuple(
+        _option(_attainable(key, attacks), cost, limits, key not in results.unmeasured)
+        for key, cost in results.costs.items()
         if key in attacks
-    ]
-    missing = [f"{layer}, {defence}" for layer, defence in costs if (layer, defence) not in attacks]
+    )
+    missing = [f"{layer}, {defence}" for layer, defence in results.costs if (layer, defence) not in attacks]
     passed = None
     if limits:
-        passed = not (missing or failures) and all(o.status == WITHIN for o in options) and bool(options)
-    remarks = tuple(_remarks(rows, blind, limits, [*failures, *missing]))
-    return Verdict(tuple(options), passed, *_recommend(options, limits), remarks)
+        passed = (
+            not (missing or results.failures) and all(o.status == WITHIN for o in options) and bool(options)
+        )
+    return Verdict(options, passed, *_recommend(options, limits), tuple(_remarks(results, limits, missing)))
 
 
 def _attainable(
@@ -172,21 +160,15 @@ def _option(
     first = rows[0]
     ssim = _worst([(row, ssim_intervals(row)) for row in rows], limits.max_ssim, first.defence)
     found = _worst([(row, row.identification) for row in rows], limits.max_identification, first.defence)
-    statuses, reasons = [], []
-    for name, leak, limit in (
-        (ssim.by, ssim, limits.max_ssim),
-        ("identification", found, limits.max_identification),
-    ):
-        status = interval_status(leak, limit)
-        statuses.append(status)
-        if status != WITHIN:
-            reasons.append(
-                f"{name} {leak.text(limit)} against a limit of {limit:g}, {leak.attacker}: {status}"
-            )
+    judged = ((ssim.by, ssim, limits.max_ssim), ("identification", found, limits.max_identification))
+    reasons = {}
+    for name, leak, limit in judged:
+        if (status := interval_status(leak, limit)) != WITHIN:
+            reason = f"{name} {leak.text(limit)} against a limit of {limit:g}, {leak.attacker}: {status}"
+            reasons[reason] = status
     if not complete:
-        statuses.append(INCONCLUSIVE)
-        reasons.append(f"an attacker could not be measured: {INCONCLUSIVE}")
-    status = max(statuses, key=SEVERITY.index)
+        reasons[f"an attacker could not be measured: {INCONCLUSIVE}"] = INCONCLUSIVE
+    status = max(reasons.values(), key=SEVERITY.index, default=WITHIN)
     return Option(first.layer, first.defence, ssim, found, first.chance, cost, status, tuple(reasons))
 
 
@@ -242,13 +224,9 @@ def _recommend(options: Sequence[Option], limits: LimitsConfig) -> tuple[Option 
     return best, f"{rule}, and keeps most of the network's own answers ({best.utility:.0%}){others}"
 
 
-def _remarks(
-    rows: Sequence[AttackFacts],
-    blind: Sequence[AttackFacts],
-    limits: LimitsConfig,
-    failures: Sequence[str],
-) -> list[str]:
-    remarks = [f"could not be measured: {failure}" for failure in failures]
+def _remarks(results: AuditResults, limits: LimitsConfig, missing: Sequence[str]) -> list[str]:
+    rows, blind = results.rows, results.blind
+    remarks = [f"could not be measured: {failure}" for failure in (*results.failures, *missing)]
     for row in blind:
         floor = row.scores["ssim"]
         if limits.max_ssim is not None and floor.high > limits.max_ssim:

@@ -21,18 +21,13 @@ __all__ = ["UNDRAWABLE", "Drawing", "draw", "own_images", "render", "style"]
 
 DRAWING_ERRORS = (AfterimageError, ArithmeticError, ValueError)
 """Errors of images that cannot be read, and of matplotlib for numbers that no axis can show."""
-BEFORE_GRIDS = (bound_images, bound_by_depth, quality_by_depth)
-AFTER_GRIDS = (
-    fusion_weights,
-    quality_by_locations,
-    quality_by_parameters,
-    training_curves,
-    distributions,
-    saturation,
-    controls,
-    error_breakdown,
-    rate,
-)
+FIGURES = (
+    (bound_images, bound_by_depth, quality_by_depth),
+    (
+        fusion_weights, quality_by_locations, quality_by_parameters, training_curves, distributions, saturation,
+        controls, error_breakdown, rate,
+    ),
+)  # fmt: skip
 """Functions that draw the figures of rows, in the order of a report, with the grids of images in between."""
 
 
@@ -49,11 +44,11 @@ def draw(
     Yields:
         the figures
     """
+    grids = [(page.title, partial(grid, page)) for page in pages(rows)]
     before, after = (
-        [(make.__name__.replace("_", " "), partial(make, rows)) for make in group]
-        for group in (BEFORE_GRIDS, AFTER_GRIDS)
+        [(make.__name__.replace("_", " "), partial(make, rows)) for make in group] for group in FIGURES
     )
-    jobs = [*before, *((page.title, partial(grid, page)) for page in pages(rows)), *after]
+    jobs = [*before, *grids, *after]
     for i, (name, job) in enumerate(jobs):
         progress("figures", i, len(jobs), figure=name)
         try:

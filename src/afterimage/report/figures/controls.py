@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from afterimage.config import split_source
 from afterimage.evaluation.intervals import INTERVAL_NAME
-from afterimage.report.controls import Part, curve_of, decoder, read_parts, share_lost
+from afterimage.report.controls import Part, coders, curve_of, decoder, images, read_parts, share_lost
 from afterimage.report.figures.style import (
     INK,
     MUTED,
@@ -68,7 +68,7 @@ def controls(rows: Rows) -> list[Drawing]:
     legend(figure, _markers(CONTROL_LOOKS, names), columns=3)
     caption = (
         "Left: features that are not the image's own through the trained decoder, scored against the image; "
-        f"mean over {parts[0].facts.images} test images with its {INTERVAL_NAME}. What reaches the first "
+        f"mean over {images(parts)} with its {INTERVAL_NAME}. What reaches the first "
         "marker was guessed. Right: the distance of the re-encoded reconstruction's features from the image's "
         "(disc) beside that of another image's (square)."
     )
@@ -160,7 +160,7 @@ def _by_frequency(parts: Sequence[Part]) -> Drawing:
     legend(figure, [legend_entry(name, color=MUTED, ls=ls) for name, ls in patterns.items()], columns=4)
     caption = (
         "The error's power over the image's at each spatial frequency (radial averages of Hann-windowed spectra, "
-        f"summed over {parts[0].facts.images} test images), luma above and chroma (Cb and Cr) below, darker "
+        f"summed over {images(parts)}), luma above and chroma (Cb and Cr) below, darker "
         "the deeper the layer. At the broken line nothing is left; above it the decoder adds what is not there."
     )
     return Drawing("lost-by-frequency", "What is lost, by frequency", caption, figure)
@@ -200,9 +200,8 @@ def _by_place(parts: Sequence[Part]) -> Drawing:
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     shown = []
     for axes, part in zip(panels, parts, strict=False):
-        place = part.facts.place
-        mean = math.sqrt(sum(v * v for row in place for v in row) / (len(place) * len(place[0]))) or 1.0
-        relative = [[v / mean for v in row] for row in place]
+        place = np.array(part.facts.place)
+        relative = place / (np.sqrt((place**2).mean()) or 1.0)
         shown.append(axes.imshow(relative, cmap="viridis", vmin=0.5, vmax=1.5, interpolation="nearest"))
         axes.set_title(
             label(part.row).replace(":", "\n", 1).replace(", ", "\n", 1), fontsize=6, weight="normal"
@@ -254,8 +253,8 @@ def rate(rows: Rows) -> list[Drawing]:
     )
     caption = (
         "Features at 1, 2, 3, 4, 6 and 8 bits (left to right) after "
-        f"{parts[0].facts.coder}, rebuilt by decoders that were fitted on unquantised ones; mean over "
-        f"{parts[0].facts.images} test images with its {INTERVAL_NAME}. Grey: the same images as JPEG and "
+        f"{coders(parts)}, rebuilt by decoders that were fitted on unquantised ones; mean over "
+        f"{images(parts)} with its {INTERVAL_NAME}. Grey: the same images as JPEG and "
         "WebP files. Channels are quantised between their 0.1 % and 99.9 % quantiles over training images."
     )
     return [Drawing("rate", "Quality against the size of the features", caption, figure)]

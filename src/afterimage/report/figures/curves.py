@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import matplotlib
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from afterimage.config import AfterimageError, RunConfig, format_count
-from afterimage.report.bounds import CURVE, OVERRUN_DB, features_label, highest, mean_curve, with_curve
+from afterimage.report.bounds import CURVE, OVERRUN_DB, features_label, mean_curve, with_curve
 from afterimage.report.figures.labels import margin_labels, wrap
 from afterimage.report.figures.style import (
     ENCODER_COLORS,
@@ -24,7 +25,6 @@ from afterimage.report.figures.style import (
     grid_lines,
     legend,
     legend_entry,
-    style,
     with_control,
 )
 from afterimage.report.rows import Row, Rows, group_by, short_encoders
@@ -192,56 +192,48 @@ def _caption(trained: Sequence[Trained], count: int) -> str:
 
 
 def saturation(rows: Rows) -> list[Drawing]:
-    """Draw the curves of all searches among the rows; an empty list where none is kept."""
-    drawing = draw_saturation(rows.inversions)
-    return [drawing] if drawing else []
-
-
-def draw_saturation(inversions: Sequence[Row]) -> Drawing | None:
     """Draw the mean PSNR of inversions over passes: a line for each run, dashed if it started from grey.
 
-    None where no inversion kept the curve of a search; the caption counts searches without one.
+    Empty where no inversion kept the curve of a search; the caption counts searches without one.
     """
-    lost = sum(row.config.estimate is None for row in inversions)
-    inversions = with_curve(inversions)
-    lost -= len(inversions)
+    inversions = with_curve(rows.inversions)
+    lost = sum(row.config.estimate is None for row in rows.inversions) - len(inversions)
     if not inversions:
-        return None
-    with style():
-        figure = Figure((6.2, 3.8), layout="constrained")
-        axes = figure.add_subplot()
-        sources = dict.fromkeys(map(features_label, inversions))
-        colors = dict(zip(sources, itertools.cycle(ENCODER_COLORS), strict=False))
-        ends = []
-        for row in inversions:
-            curve = mean_curve(row.run)
-            steps, means = zip(*curve, strict=True)
-            color = colors[features_label(row)]
-            axes.plot(steps, means, color=color, ls="-" if row.inversion.start else "--")
-            ends.append((means[-1], f"{means[-1]:.1f}", color))
-            passes, peak = highest(curve)
-            if peak - means[-1] >= OVERRUN_DB:
-                axes.plot(passes, peak, "o", ms=4, color=color)
-                axes.annotate(
-                    f"{peak:.1f} after {passes}", (passes, peak), (0, 5),
-                    textcoords="offset points", ha="center", fontsize=8.0, color=MUTED,
-                )  # fmt: skip
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlim(0, max(1, *(line.get_xdata()[-1] for line in axes.lines)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("passes through the encoder and back (0: the start)")
-        axes.set_ylabel("PSNR (dB) ↑")
-        grid_lines(axes)
-        handles = [legend_entry(drawable(name, 60), color=color) for name, color in colors.items()]
-        starts = (("-", "from a decoder"), ("--", "from grey"))
-        legend(figure, handles + [legend_entry(label, color=MUTED, ls=ls) for ls, label in starts], columns=2)
-        figure.draw_without_rendering()
-        axes.set_ylim(axes.get_ylim())
-        margin_labels(axes, ends, size=8.0)
+        return []
+    figure = Figure((6.2, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    sources = dict.fromkeys(map(features_label, inversions))
+    colors = dict(zip(sources, itertools.cycle(ENCODER_COLORS), strict=False))
+    ends = []
+    for row in inversions:
+        curve = mean_curve(row.run)
+        steps, means = zip(*curve, strict=True)
+        color = colors[features_label(row)]
+        axes.plot(steps, means, color=color, ls="-" if row.inversion.start else "--")
+        ends.append((means[-1], f"{means[-1]:.1f}", color))
+        passes, peak = max(curve, key=itemgetter(1))
+        if peak - means[-1] >= OVERRUN_DB:
+            axes.plot(passes, peak, "o", ms=4, color=color)
+            axes.annotate(
+                f"{peak:.1f} after {passes}", (passes, peak), (0, 5),
+                textcoords="offset points", ha="center", fontsize=8.0, color=MUTED,
+            )  # fmt: skip
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(0, max(1, *(line.get_xdata()[-1] for line in axes.lines)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("passes through the encoder and back (0: the start)")
+    axes.set_ylabel("PSNR (dB) ↑")
+    grid_lines(axes)
+    handles = [legend_entry(drawable(name, 60), color=color) for name, color in colors.items()]
+    starts = (("-", "from a decoder"), ("--", "from grey"))
+    legend(figure, handles + [legend_entry(label, color=MUTED, ls=ls) for ls, label in starts], columns=2)
+    figure.draw_without_rendering()
+    axes.set_ylim(axes.get_ylim())
+    margin_labels(axes, ends, size=8.0)
     caption = (
         "PSNR of the image whose features fit best so far, mean over test images, against passes through the encoder: "
         "a lower bound on what the features keep."
     )
     if lost:
         caption += f" {format_count(lost, 'search', 'searches')} without {CURVE} left out."
-    return Drawing("saturation", "Where inversion saturates", caption, figure)
+    return [Drawing("saturation", "Where inversion saturates", caption, figure)]

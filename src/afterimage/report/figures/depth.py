@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,26 +27,16 @@ from afterimage.report.figures.style import (
     legend,
     legend_entry,
     lpips_note,
+    mean_over_seeds,
     metric_label,
     metrics_of,
     with_control,
 )
-from afterimage.report.rows import Row, Rows, group_by, mean_over_images, mean_over_seeds, short_encoders
+from afterimage.report.rows import Row, Rows, group_by, mean_over_images, short_encoders
 from afterimage.runs.results import METRICS, Interval
 
 LAYER_INCHES = 0.55
 LETTER_INCHES = 0.06  # for each character of a tick label
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Part of the x axis for one encoder, with places and names of its layers."""
-
-    title: str
-    places: dict[tuple[str, ...], float]
-    names: list[str]
-    left: float
-    right: float
 
 
 def quality_by_depth(rows: Rows) -> list[Drawing]:
@@ -56,14 +44,21 @@ def quality_by_depth(rows: Rows) -> list[Drawing]:
     if len(rows.decoders) < 2:
         return []
     metrics, styles = metrics_of(rows.decoders), decoder_styles(rows.decoders)
-    segments = _segments(rows.decoders)
-    figure, panels = _panels(segments, metrics)
+    figure, panels, places = _panels(rows.decoders, metrics)
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         shown = [r for r in rows.decoders if has_score(r, metric, net)]
-        _lines(axes, shown, segments, styles, metric)
+        _lines(axes, shown, places, styles, metric)
         for baseline in (r for r in rows.baselines if has_score(r, metric, net)):
             axes.axhline(baseline.scores[metric].mean, color=MUTED, lw=0.7, ls=(0, (4, 3)), zorder=-1)
-    handles = _handles(rows.decoders, styles, bool(rows.baselines))
+    looks = dict.fromkeys(
+        (r.decoder_label, r.control) for r in sorted(rows.decoders, key=lambda r: r.decoder_order)
+    )
+    handles = [
+        legend_entry(with_control(drawable(name, 48), control), **styles[name].line(control))
+        for name, control in looks
+    ]
+    if rows.baselines:
+        handles.append(legend_entry("baseline", color=MUTED, lw=0.7, ls=(0, (4, 3))))
     legend(figure, handles, columns=min(len(handles), 5))
     figure.draw_without_rendering()
     for axes, (metric, net) in zip(panels, metrics, strict=True):
@@ -80,37 +75,41 @@ BAND = "#F3DFA2"
 
 def bound_by_depth(rows: Rows) -> list[Drawing]:
     """Draw measured bound and decoder by depth, a figure for each decoder with bounds of several layers."""
-    groups = by_decoder(bounds_of(rows)).items()
     found = [
-        (label, bounds) for label, bounds in groups if len({bound.found.sources for bound in bounds}) > 1
+        pair for pair in by_decoder(bounds_of(rows)).items() if len({b.found.sources for b in pair[1]}) > 1
     ]
     return [_kept(label, bounds, number) for number, (label, bounds) in enumerate(found)]
 
 
 def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
     founds = [bound.found for bound in bounds]
-    metrics, segments = metrics_of(founds), _segments(founds)
-    places = _places(segments)
-    figure, panels = _panels(segments, metrics)
+    metrics = metrics_of(founds)
+    figure, panels, places = _panels(founds, metrics)
     looks = list(decoder_styles([bound.decoder for bound in bounds]).values())
     drawn: dict[str, Style] = {f"decoder {label}": looks[0]}
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         estimates: list[float] = []
         series = group_by(
-            [(bound, _kind(bound, metric)) for bound in bounds if has_score(bound.found, metric, net)],
-            lambda pair: (pair[0].found.encoder, pair[0].found.control, pair[1]),
+            (bound for bound in bounds if has_score(bound.found, metric, net)),
+            lambda bound, metric=metric: (
+                bound.found.encoder,
+                bound.found.control,
+                bound.best(metric) is bound.refined,
+            ),
         )
-        for (encoder, control, kind), pairs in series.items():
+        for (encoder, control, is_refined), own in series.items():
+            kind = "most consistent image" if is_refined else "best estimate"
             drawn[kind] = Style(*ANSWERS[kind])
-            own = group_by((bound for bound, _ in pairs), lambda bound: places[_layer_key(bound.found)])
-            layers = sorted(own.items())
+            layers = sorted(group_by(own, lambda bound: places[_layer_key(bound.found)]).items())
             x = np.array([place for place, _ in layers])
-            decoder = [_mean([bound.decoder for bound in members], metric) for _, members in layers]
-            answer = [_mean([bound.best(metric) for bound in members], metric) for _, members in layers]
+            decoder = [_mean([bound.decoder for bound in seeds], metric) for _, seeds in layers]
+            answer = [_mean([bound.best(metric) for bound in seeds], metric) for _, seeds in layers]
             joined = encoder != "fusion"
             _band(axes, x, decoder, answer, METRICS[metric].sign, joined=joined)
             still = [Interval(mean, mean, mean, 1) for mean in decoder]
-            apart = [_bound_interval(of, metric, mean) for (_, of), mean in zip(layers, answer, strict=True)]
+            apart = [
+                _bound_interval(seeds, metric, mean) for (_, seeds), mean in zip(layers, answer, strict=True)
+            ]
             for name, means in ((next(iter(drawn)), still), (kind, apart)):
                 _curve(axes, x, means, drawn[name], control, name, joined=joined)
             estimates += decoder + answer
@@ -128,10 +127,6 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
     )
     stem = "kept-by-depth" + (f"-{number + 1}" if number else "")
     return Drawing(stem, f"What layers keep, and what {label} missed", caption, figure, folded=number > 0)
-
-
-def _kind(bound: Bound, metric: str) -> str:
-    return "most consistent image" if bound.best(metric) is bound.refined else "best estimate"
 
 
 def _mean(rows: Sequence[Row], metric: str) -> float:
@@ -179,61 +174,47 @@ def _keep_in_view(axes: Axes, estimates: Sequence[float]) -> None:
         axes.set_ylim(max(low, min(estimates) - span), min(high, max(estimates) + span))
 
 
-def _panels(segments: Sequence[Segment], metrics: Sequence[tuple[str, str]]) -> tuple[Figure, np.ndarray]:
-    """Make a panel for each metric over a shared axis of layers, with the encoders' names above."""
-    names = [name for segment in segments for name in segment.names]
-    inches = _layer_inches(segments[-1].right)
-    is_rotated = max(columns(line) for name in names for line in name.split("\n")) * LETTER_INCHES > inches
-    figure = Figure((2.2 + inches * segments[-1].right, 1.3 + 1.9 * len(metrics)), layout="constrained")
+def _panels(
+    rows: Sequence[Row], metrics: Sequence[tuple[str, str]]
+) -> tuple[Figure, np.ndarray, dict[tuple[str, ...], float]]:
+    """Make a panel for each metric over a shared axis of layers, with the encoders' names above.
+
+    Returned are also the places of the layers on the axis.
+    """
+    short = short_encoders(rows)
+    ordered = sorted(rows, key=lambda r: (r.order[0], r.order[1], r.fusion_letter, r.order[4:]))
+    encoders = {
+        encoder: [own[0] for own in group_by(members, _layer_key).values()]
+        for encoder, members in group_by(ordered, lambda row: row.encoder).items()
+    }
+    total = sum(max(len(layers), 2) for layers in encoders.values())
+    inches = min(max(LAYER_INCHES, 4.3 / total), 18 / total)  # a layer, in figures of about 6.5 to 20 inches
+    figure = Figure((2.2 + inches * total, 1.3 + 1.9 * len(metrics)), layout="constrained")
     panels = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (metric, net) in zip(panels, metrics, strict=True):
-        for i, segment in enumerate(segments):
-            axes.axvspan(
-                segment.left, segment.right, color="#f6f6f6" if i % 2 == 0 else "white", lw=0, zorder=-2
-            )
         axes.set_ylabel(metric_label(metric, net))
         grid_lines(axes)
-    rotation = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if is_rotated else {}
-    labels = [name.replace("\n", ", ") if is_rotated else name for name in names]
-    panels[-1].set_xticks(list(_places(segments).values()), labels, **rotation)
-    panels[-1].set_xlim(segments[0].left, segments[-1].right)
-    panels[-1].set_xlabel("layer, in execution order, and its feature locations")
-    for segment in segments:
+    places, names, start = {}, [], 0.0
+    for i, (encoder, layers) in enumerate(encoders.items()):
+        span = max(len(layers), 2)
+        first = start + (span - len(layers)) / 2 + 0.5
+        places |= {_layer_key(row): first + k for k, row in enumerate(layers)}
+        names += [f"{drawable(row.layer, 22)}\n{row.grid}" for row in layers]
+        for axes in panels:
+            axes.axvspan(start, start + span, color="#f6f6f6" if i % 2 == 0 else "white", lw=0, zorder=-2)
         panels[0].annotate(
-            segment.title, ((segment.left + segment.right) / 2, 1), (0, 4),
+            wrap(drawable(short[encoder]), max(8, int(span * inches / 0.085))), (start + span / 2, 1), (0, 4),
             xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="bottom",
             weight="bold", fontsize=8,
         )  # fmt: skip
-    return figure, panels
-
-
-def _segments(rows: Sequence[Row]) -> list[Segment]:
-    short = short_encoders(rows)
-    ordered = sorted(rows, key=lambda r: (r.order[0], r.order[1], r.fusion_letter, r.order[4:]))
-    encoders = [
-        (encoder, [own[0] for own in group_by(members, _layer_key).values()])
-        for encoder, members in group_by(ordered, lambda row: row.encoder).items()
-    ]
-    spans = [max(len(layers), 2) for _, layers in encoders]
-    inches = _layer_inches(float(sum(spans)))
-    segments, start = [], 0.0
-    for (encoder, layers), span in zip(encoders, spans, strict=True):
-        first = start + (span - len(layers)) / 2 + 0.5
-        places = {_layer_key(row): first + i for i, row in enumerate(layers)}
-        names = [f"{drawable(row.layer, 22)}\n{row.grid}" for row in layers]
-        title = wrap(drawable(short[encoder]), max(8, int(span * inches / 0.085)))
-        segments.append(Segment(title, places, names, start, start + span))
         start += span
-    return segments
-
-
-def _places(segments: Sequence[Segment]) -> dict[tuple[str, ...], float]:
-    return {layer: place for segment in segments for layer, place in segment.places.items()}
-
-
-def _layer_inches(total: float) -> float:
-    """Return the width of a layer in inches, for figures that are about 6.5 to 20 inches wide."""
-    return min(max(LAYER_INCHES, 4.3 / total), 18 / total)
+    is_rotated = max(columns(line) for name in names for line in name.split("\n")) * LETTER_INCHES > inches
+    rotation = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if is_rotated else {}
+    labels = [name.replace("\n", ", ") if is_rotated else name for name in names]
+    panels[-1].set_xticks(list(places.values()), labels, **rotation)
+    panels[-1].set_xlim(0, total)
+    panels[-1].set_xlabel("layer, in execution order, and its feature locations")
+    return figure, panels, places
 
 
 def _layer_key(row: Row) -> tuple[str, ...]:
@@ -241,9 +222,8 @@ def _layer_key(row: Row) -> tuple[str, ...]:
 
 
 def _lines(
-    axes: Axes, rows: Sequence[Row], segments: Sequence[Segment], styles: dict[str, Style], metric: str
-) -> None:
-    places = _places(segments)
+    axes: Axes, rows: Sequence[Row], places: dict[tuple[str, ...], float], styles: dict[str, Style], metric: str
+) -> None:  # fmt: skip
     series = group_by(rows, lambda row: (row.encoder, row.decoder_label, row.control))
     for (encoder, label, control), members in series.items():
         beside = [name[1:] for name in series if name[0] == encoder]
@@ -254,17 +234,6 @@ def _lines(
         }
         x = np.array(sorted(points))
         _curve(axes, x, [points[at] for at in x], styles[label], control, label, joined=encoder != "fusion")
-
-
-def _handles(rows: Sequence[Row], styles: dict[str, Style], has_baselines: bool) -> list[Any]:
-    looks = dict.fromkeys((r.decoder_label, r.control) for r in sorted(rows, key=lambda r: r.decoder_order))
-    handles = [
-        legend_entry(with_control(drawable(name, 48), control), **styles[name].line(control))
-        for name, control in looks
-    ]
-    if has_baselines:
-        handles.append(legend_entry("baseline", color=MUTED, lw=0.7, ls=(0, (4, 3))))
-    return handles
 
 
 def _caption(rows: Rows) -> str:

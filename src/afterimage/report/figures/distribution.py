@@ -23,36 +23,20 @@ from afterimage.report.figures.style import (
 )
 from afterimage.report.rows import Row, Rows, group_by, short_encoders
 
-ROWS_A_FIGURE = 36
 ROW_INCHES = 0.2
 GOLDEN = 0.618034
 
 
 def distributions(rows: Rows) -> list[Drawing]:
-    """Draw a box and dots for each row, up to 36 rows in a figure, split between encoders if possible."""
-    pages = _pages([row for row in rows.all if len(row.per_image) > 1])
-    looks = decoder_styles(rows.decoders)
-    colors = {name: look.color for name, look in looks.items()}
-    return [_page(page, rows, colors, f"-{i}" if len(pages) > 1 else "") for i, page in enumerate(pages, 1)]
-
-
-def _pages(rows: Sequence[Row]) -> list[list[Row]]:
-    pages: list[list[Row]] = []
-    for group in group_by(rows, lambda row: row.encoder).values():
-        for start in range(0, len(group), ROWS_A_FIGURE):
-            part = group[start : start + ROWS_A_FIGURE]
-            if pages and len(pages[-1]) + len(part) <= ROWS_A_FIGURE:
-                pages[-1] += part
-            else:
-                pages.append(part)
-    return pages
-
-
-def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) -> Drawing:
-    metrics, names = metrics_of(page), short_encoders(rows.decoders)
+    """Draw a box and dots for each row of two images or more; an empty list where there is none."""
+    shown = [row for row in rows.all if len(row.per_image) > 1]
+    if not shown:
+        return []
+    colors = {name: look.color for name, look in decoder_styles(rows.decoders).items()}
+    metrics, names = metrics_of(shown), short_encoders(rows.decoders)
     # A group's heading has a line of its own above its rows.
     places, headings, place = [], [], 0.0
-    for (encoder, control), members in group_by(page, lambda r: (r.encoder, r.control)).items():
+    for (encoder, control), members in group_by(shown, lambda r: (r.encoder, r.control)).items():
         headings.append((place, with_control(names.get(encoder, "baselines"), control), control))
         places += [(place + i, row) for i, row in enumerate(members, 1)]
         place += len(members) + 1.3
@@ -67,9 +51,8 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
         axes.grid(axis="x")
         axes.tick_params(axis="y", length=0)
     panels[0].set_ylim(place - 0.6, -0.7)
-    has_seeds = len({row.seed for row in page if not row.is_baseline}) > 1
-    labels = [_label(row, has_seeds) for _, row in places]
-    panels[0].set_yticks([y for y, _ in places], labels)
+    has_seeds = len({row.seed for row in shown if not row.is_baseline}) > 1
+    panels[0].set_yticks([y for y, _ in places], [_label(row, has_seeds) for _, row in places])
     for y, text, control in headings:
         panels[0].annotate(
             drawable(text), (0, y), (-4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
@@ -77,9 +60,9 @@ def _page(page: Sequence[Row], rows: Rows, colors: dict[str, str], suffix: str) 
         )  # fmt: skip
     caption = (
         "Every dot is a test image; the box holds the middle half with the median, whiskers reach the "
-        f"farthest image within 1.5 box lengths.{lpips_note(page)}"
+        f"farthest image within 1.5 box lengths.{lpips_note(shown)}"
     )
-    return Drawing(f"distributions{suffix}", "Image by image", caption, figure)
+    return [Drawing("distributions", "Image by image", caption, figure)]
 
 
 def _label(row: Row, has_seeds: bool) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import UInt8
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from afterimage.config import AfterimageError, split_source
+from afterimage.config import AfterimageError, short_names, split_source
 from afterimage.report.figures.image_grid import (
     CELL,
     EDGE,
@@ -20,7 +19,6 @@ from afterimage.report.figures.image_grid import (
     GAP,
     HEAD,
     IMAGES,
-    Pixels,
     create_grid_figure,
     in_columns,
     place_image,
@@ -35,23 +33,16 @@ COLORS = "cividis"
 FEW = 3  # number of figures that are shown unfolded
 BAR = 0.62  # inches for the colour bar and its labels
 
-Map = UInt8[np.ndarray, "h w"]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One image: its original, its reconstruction and a map for each source."""
-
-    identity: str
-    original: Pixels
-    rebuilt: Pixels
-    maps: list[Map]
+Line = tuple[str, list[np.ndarray]]
+"""An image's id, and its original, its reconstruction and a map for each source."""
 
 
 def fusion_weights(rows: Rows) -> list[Drawing]:
     """Draw a figure for each fused row with stored weight maps."""
     has_seeds = len({row.seed for row in rows.decoders}) > 1
-    found = [(row, lines) for row in rows.decoders if row.fusion_weights and (lines := _lines(row))]
+    weighted = [row for row in rows.decoders if row.fusion_weights]
+    first = ((row, list(itertools.islice(_lines(row), IMAGES))) for row in weighted)
+    found = [(row, lines) for row, lines in first if lines]
     drawings = []
     for number, (row, lines) in enumerate(found, 1):
         name = f"fusion-weights-{number}" if len(found) > 1 else "fusion-weights"
@@ -61,21 +52,16 @@ def fusion_weights(rows: Rows) -> list[Drawing]:
     return drawings
 
 
-def _lines(row: Row) -> list[Line]:
-    """Return the first images whose original, reconstruction and maps can all be read."""
+def _lines(row: Row) -> Iterator[Line]:
+    """Yield the images whose original, reconstruction and maps can all be read."""
     try:
         saved, maps = row.run.images, row.run.fusion_maps
     except AfterimageError:
-        return []
-    lines = []
+        return
     for identity, *files in saved:
-        files += maps.get(identity, [])
-        pixels = [read_pixels(file) for file in files]
+        pixels = [read_pixels(file) for file in files + maps.get(identity, [])]
         if len(pixels) == 2 + len(row.sources) and all(image is not None for image in pixels):
-            lines.append(Line(str(identity), *pixels[:2], [image[..., 0] for image in pixels[2:]]))
-        if len(lines) == IMAGES:
-            break
-    return lines
+            yield str(identity), pixels
 
 
 def _figure(row: Row, lines: list[Line]) -> Figure:
@@ -83,37 +69,31 @@ def _figure(row: Row, lines: list[Line]) -> Figure:
         "original",
         f"{wrap(drawable(row.decoder_label, 60), HEAD)}\nmean {row.scores['psnr'].mean:.2f} dB",
     ]
-    means = zip(_names(row.sources), row.fusion_weights, strict=True)
-    heads += [f"{name}\nmean weight {mean:.2f}" for name, mean in means]
+    split = [split_source(source) for source in row.sources]
+    names = short_names(model for model, _ in split)
+    for (model, layer), mean in zip(split, row.fusion_weights, strict=True):
+        name = f"{wrap(drawable(names[model], 40), HEAD)}\n{drawable(layer, HEAD)}"
+        heads.append(f"{name}\nmean weight {mean:.2f}")
     step, width = CELL + FOOT + EDGE, len(heads) * (CELL + GAP) + EDGE + BAR
     places = in_columns(heads)
     figure, axes, top = create_grid_figure(places, width, len(lines) * step)
-    norm = Normalize(0, max(float(m.max()) for line in lines for m in line.maps) / 255 or 1)
+    norm = Normalize(0, max(float(m.max()) for _, (_, _, *maps) in lines for m in maps) / 255 or 1)
     left = list(places)
-    for y, line in zip(itertools.count(top, step), lines, strict=False):
-        psnr = row.values("psnr").get(line.identity)
-        feet = [drawable(line.identity, HEAD), "" if psnr is None else f"{psnr:.2f} dB"]
-        for x, pixels, foot in zip(left, (line.original, line.rebuilt), feet, strict=False):
-            place_image(axes, pixels, x, y, foot)
-        look = {"interpolation": "nearest", "cmap": COLORS, "norm": norm}
-        for x, weights in zip(left[2:], line.maps, strict=True):
-            place_image(axes, weights / 255, x, y, f"{weights.mean() / 255:.2f}", **look)
+    look = {"interpolation": "nearest", "cmap": COLORS, "norm": norm}
+    for place, (identity, (original, rebuilt, *maps)) in enumerate(lines):
+        y, psnr = top + place * step, row.values("psnr").get(identity)
+        place_image(axes, original, left[0], y, drawable(identity, HEAD))
+        place_image(axes, rebuilt, left[1], y, "" if psnr is None else f"{psnr:.2f} dB")
+        for x, weights in zip(left[2:], maps, strict=True):
+            place_image(axes, weights[..., 0] / 255, x, y, f"{weights.mean() / 255:.2f}", **look)
     height = figure.get_figheight()
     bottom = height - (top + (len(lines) - 1) * step + CELL)
-    place = (left[-1] + CELL + 0.1, bottom, 0.1, height - top - bottom)
-    bar = figure.add_axes([place[0] / width, place[1] / height, place[2] / width, place[3] / height])
+    place = (left[-1] + CELL + 0.1) / width, bottom / height, 0.1 / width, (height - top - bottom) / height
+    bar = figure.add_axes(place)
     figure.colorbar(ScalarMappable(norm, COLORS), cax=bar)
     bar.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     bar.tick_params(length=2.5)
     return figure
-
-
-def _names(sources: tuple[str, ...]) -> list[str]:
-    """Return two lines for each source, model and layer, without the weights' tag if names stay distinct."""
-    split = [split_source(source) for source in sources]
-    bare = [(model.partition(".")[0], layer) for model, layer in split]
-    chosen = bare if len(set(bare)) == len(bare) else split
-    return [f"{wrap(drawable(model, 40), HEAD)}\n{drawable(layer, HEAD)}" for model, layer in chosen]
 
 
 def _caption(row: Row) -> str:

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from scipy.ndimage import uniform_filter
 
 from afterimage.config import AfterimageError
 from afterimage.report.bounds import Bound, bounds_of, by_decoder
@@ -86,17 +87,14 @@ def grid(page: Page) -> list[Drawing]:
     return [_drawing(page, lines)] if lines else []
 
 
-@runtime_checkable
-class ImagePair(Protocol):
-    """An image and its reconstruction by a run, uint8 `(H, W, 3)`, with scores by metric."""
+def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, Any]]) -> list[Drawing]:
+    """Draw the figures of `grid` for other images than the runs' test images.
 
-    original: Pixels
-    image: Pixels
-    scores: Mapping[str, float | None]
-
-
-def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, ImagePair]]) -> list[Drawing]:
-    """Draw the figures of `grid` for other images than the runs' test images, given by run and name."""
+    Args:
+        rows: the runs
+        shown: by run and name of the image, an object with uint8 `(H, W, 3)` arrays `original` and `image`, which is
+            the reconstruction, and with `scores` by metric
+    """
     drawings = []
     for page in pages(rows):
         columns = [shown[row.run] for row in page.rows]
@@ -157,7 +155,7 @@ def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[
             axes.text(start - 0.05, middle, drawable(name, 20), ha="right", va="center", rotation=90, **text)
             for x, answer in zip(heads, answers, strict=True):
                 at = x, y + line * step
-                pixels = _answer_pixels(answer, identity, original)
+                pixels = _rebuilt(_saved(answer), identity, original) if answer else None
                 if pixels is None:
                     _draw_placeholder(axes, *at, has_detail=False)
                 else:
@@ -179,12 +177,6 @@ def _column_head(row: Row, names: Mapping[str, str]) -> str:
     encoder = [] if row.is_fused else [wrap(drawable(names[row.encoder]), HEAD - 2)]
     control = [row.control] if row.is_random else []
     return "\n".join([*encoder, drawable(row.layer, HEAD - 2), *control])
-
-
-def _answer_pixels(answer: Row | None, identity: str, original: Pixels) -> Pixels | None:
-    """Return a row's reconstruction of an image; None where it saved none, or its original differs."""
-    own, pixels = _pair(_saved(answer), identity) if answer else (None, None)
-    return pixels if _fits(own, pixels, original) else None
 
 
 def _scores_of(answer: Row, identity: str) -> str:
@@ -224,22 +216,19 @@ def _lines(rows: Sequence[Row]) -> Iterator[Line]:
     saved = [_saved(row) for row in rows]
     counts = Counter(itertools.chain(*saved))
     for identity, _ in counts.most_common():
-        pairs = [_pair(images, identity) for images in saved]
-        original = next((own for own, _ in pairs if own is not None), None)
+        own = (read_pixels(images[identity][0]) for images in saved if identity in images)
+        original = next((pixels for pixels in own if pixels is not None), None)
         if original is not None:
-            cells = [pixels if _fits(own, pixels, original) else None for own, pixels in pairs]
+            cells = [_rebuilt(images, identity, original) for images in saved]
             psnr = [row.values("psnr").get(identity) for row in rows]
             yield Line(identity, original, cells, psnr)
 
 
-def _pair(saved: Mapping[str, tuple[Path, Path]], identity: str) -> tuple[np.ndarray | None, ...]:
-    """Read an original and its reconstruction; None for one that is missing or cannot be read."""
-    return tuple(map(read_pixels, saved[identity])) if identity in saved else (None, None)
-
-
-def _fits(own: np.ndarray | None, pixels: np.ndarray | None, original: np.ndarray) -> bool:
-    """Return True for a reconstruction of this original in its size."""
-    return pixels is not None and pixels.shape == original.shape and np.array_equal(own, original)
+def _rebuilt(saved: Mapping[str, tuple[Path, Path]], identity: str, original: Pixels) -> Pixels | None:
+    """Read a reconstruction of this original in its size; None where there is none that can be read."""
+    own, pixels = map(read_pixels, saved[identity]) if identity in saved else (None, None)
+    fits = pixels is not None and pixels.shape == original.shape and np.array_equal(own, original)
+    return pixels if fits else None
 
 
 def _saved(row: Row) -> dict[str, tuple[Path, Path]]:
@@ -348,11 +337,10 @@ def highest_contrast_square(pixels: Pixels) -> tuple[int, int, int]:
     luma: Float[np.ndarray, "height width"] = pixels @ np.array([0.299, 0.587, 0.114])
     size = max(1, min(luma.shape) // DETAIL)
 
-    def sums(values: Float[np.ndarray, "height width"]) -> Float[np.ndarray, "rows columns"]:
-        total = np.pad(values.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        return total[size:, size:] - total[:-size, size:] - total[size:, :-size] + total[:-size, :-size]
-
-    variance = sums(luma**2) / size**2 - (sums(luma) / size**2) ** 2
+    # A filter's output at (y, x) is of the window whose centre is there.
+    first, rows, columns = size // 2, luma.shape[0] - size + 1, luma.shape[1] - size + 1
+    square, mean = uniform_filter(luma**2, size), uniform_filter(luma, size)
+    variance = (square - mean**2)[first : first + rows, first : first + columns]
     y, x = np.unravel_index(variance.argmax(), variance.shape)
     return int(y), int(x), size
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import math
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,8 +27,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from afterimage.report.format import capitalised, single_line
-from afterimage.report.rows import Row, fusion_legend, lpips_nets
-from afterimage.report.tables import heading, score_columns
+from afterimage.report.rows import Row, lpips_nets, mean_over_images
+from afterimage.report.tables import fusion_legend, heading, score_columns
 from afterimage.runs.results import Interval
 
 DPI = 200
@@ -72,12 +73,15 @@ class Style:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure; `name` is the stem of its files, `folded` shows it folded, as one of many alike."""
+    """A finished figure, None once it is written; `name` is the stem of its files.
+
+    `folded` shows it folded, as one of many alike.
+    """
 
     name: str
     title: str
     caption: str
-    figure: Figure
+    figure: Figure | None
     folded: bool = False
 
 
@@ -153,6 +157,18 @@ def has_score(row: Row, metric: str, net: str) -> bool:
 def metric_label(metric: str, net: str) -> str:
     """Write a metric as the label of an axis."""
     return heading(metric, drawable(net, 16))
+
+
+def mean_over_seeds(rows: Sequence[Row], metric: str) -> Interval | None:
+    """Average runs that differ only in their seed, then compute the mean over images with its interval.
+
+    Only images that all runs scored count; None where there are none."""
+    if len(rows) == 1:
+        return rows[0].intervals[metric]
+    values = [row.values(metric) for row in rows]
+    common = sorted(key for key in values[0] if all(key in v for v in values))
+    means = [math.fsum(v[key] for v in values) / len(values) for key in common]
+    return mean_over_images(means, metric) if common else None
 
 
 def lpips_note(rows: Sequence[Row]) -> str:

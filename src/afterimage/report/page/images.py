@@ -21,7 +21,7 @@ from afterimage.report.rows import Row
 from afterimage.runs.files import read_image
 from afterimage.runtime.terminal import Progress, no_progress
 
-QUALITIES = (90, 80)
+QUALITY = 85
 LOSSLESS_BYTES = 12_000_000
 THUMBNAIL = 96
 OVERHEAD = 5_000  # bytes of an image's thumbnail and other facts on the page
@@ -83,14 +83,14 @@ def collect_images(rows: Sequence[Row]) -> list[PageImage]:
 def embed(images: Sequence[PageImage], limit: int, progress: Progress = no_progress) -> EmbeddedImages:
     """Encode images into at most `limit` bytes of JSON.
 
-    Small sets are embedded unchanged, larger ones as WebP at the first of `QUALITIES` that fits. If none
-    fits, images are left out from the end, each with all its reconstructions.
+    Small sets are embedded unchanged, larger ones as WebP. Images that do not fit are left out from the end, each with
+    all its reconstructions.
     """
-    if not images:
-        return EmbeddedImages(0)
+    files = [file for page_image in images for file in page_image.files]
+    size = sum(file.stat().st_size + 100 for file in files if file.exists())
+    quality = None if size * 4 / 3 + OVERHEAD * len(images) <= min(limit, LOSSLESS_BYTES) else QUALITY
     kept, blocks, spent = [], [], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        quality = _choose_quality(images, limit, pool)
         for done, page_image in enumerate(images, start=1):
             block, entry = _encode_image(page_image, quality, pool), _describe(page_image)
             spent += _length(block) + _length(entry)
@@ -104,19 +104,6 @@ def embed(images: Sequence[PageImage], limit: int, progress: Progress = no_progr
 
 def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _choose_quality(images: Sequence[PageImage], limit: int, pool: Executor) -> int | None:
-    files = [file for page_image in images for file in page_image.files]
-    size = sum(file.stat().st_size + 100 for file in files if file.exists())
-    if size * 4 / 3 + OVERHEAD * len(images) <= min(limit, LOSSLESS_BYTES):
-        return None
-    sample = images[:: max(1, len(images) // 5)]
-    for quality in QUALITIES:
-        length = sum(_length(_encode_image(page_image, quality, pool)) + OVERHEAD for page_image in sample)
-        if length / len(sample) * len(images) <= limit:
-            return quality
-    return QUALITIES[-1]
 
 
 def _encode_image(page_image: PageImage, quality: int | None, pool: Executor) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from afterimage.evaluation.intervals import INTERVAL_NAME
 from afterimage.report.bounds import Bound, bounds_of, curve, main_bounds
 from afterimage.report.format import MISSING, Finding
 from afterimage.report.page.images import (
+    QUALITY,
     EmbeddedImages,
     PageImage,
     collect_images,
@@ -92,8 +93,9 @@ def write_page(
         data = {"runs": entries, "rows": len(rows.all), "images": album.images, "ids": ids, "net": net}
         return template.render(album=album, data=data, **context)
 
-    # A first rendering without images shows how much room is left for them.
-    room = limit - len(render(EmbeddedImages(total=len(images))).encode())
+    # A first rendering, with the viewer around one image without content, shows how much room is left for images.
+    viewer = EmbeddedImages(len(images), [{}] if images else [], quality=QUALITY)
+    room = limit - len(render(viewer).encode())
     if room < 0:
         raise AfterimageError(
             f"{printable_path(out)}: tables, charts and figures alone take more than the limit of {limit:,} bytes"
@@ -121,14 +123,12 @@ def _shared(rows: Rows, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "script": script,
         "script_hashes": [_hash(theme), _hash(script)],
         "style_hash": _hash(style),
+        "report": rows,
         "rows": list(zip(rows.all, entries, strict=False)),
         "every": list(zip(rows.every, entries, strict=True)),
         "answers": any(entry["answers"] for entry in entries),
-        "unfinished": rows.unfinished,
-        "warnings": rows.warnings,
         "notes": _by_text(notes),
         "lpips_missing": _by_text(missing),
-        "nets": rows.nets,
         "best": {metric: best_mean(rows.decoders, metric) for metric in comparable},
         "metrics": [(name, metric.digits) for name, metric in METRICS.items()],
         "config_text": _config_text,
@@ -185,15 +185,15 @@ def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any
     for row, test_set in zip(rows.every, test_sets, strict=True):
         bound = bounds.get(row.run)
         found = {"estimate": bound.estimate, "refined": bound.refined} if bound else {}
-        answers = {kind: places[answer.run] for kind, answer in found.items() if answer}
-        entry = {
+        weights = zip(row.sources, row.fusion_weights, strict=True) if row.fusion_weights else ()
+        entries.append({
             **_names(row, names, seeds),
-            **_numbers(row, ids),
+            **_numbers(row, bound, ids),
             "testSet": test_set,
-            "fusion": _fusion(row),
-        }
-        entry["perImage"]["distance"] = _distances(row, bound, ids)
-        entries.append(entry | {"answers": answers, "missed": _missed(bound) if bound else {}})
+            "fusion": [{"source": source, "weight": weight} for source, weight in weights],
+            "answers": {kind: places[answer.run] for kind, answer in found.items() if answer},
+            "missed": _missed(bound) if bound else {},
+        })  # fmt: skip
     return entries
 
 
@@ -246,24 +246,19 @@ def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _numbers(row: Row, ids: Sequence[str]) -> dict[str, Any]:
+def _numbers(row: Row, bound: Bound | None, ids: Sequence[str]) -> dict[str, Any]:
     values = {metric: row.values(metric) for metric in METRICS}
+    per_image = {
+        m: [None if (v := values[m].get(id)) is None else round(v, 4) for id in ids] for m in METRICS
+    }
     return {
         "parameters": None if row.is_baseline else row.parameters,
         "seconds": None if row.is_baseline else row.train_seconds,
         "locations": None if row.is_baseline else row.locations,
         "net": row.lpips.net,
         "scores": {metric: _score(row, metric) for metric in METRICS},
-        "perImage": {
-            m: [None if (v := values[m].get(id)) is None else round(v, 4) for id in ids] for m in METRICS
-        },
+        "perImage": per_image | {"distance": _distances(row, bound, ids)},
     }
-
-
-def _fusion(row: Row) -> list[dict[str, Any]]:
-    """Return the mean weight of each source; empty where the row has no fusion with weights."""
-    pairs = zip(row.sources, row.fusion_weights, strict=True) if row.fusion_weights else ()
-    return [{"source": source, "weight": weight} for source, weight in pairs]
 
 
 def _score(row: Row, metric: str) -> dict[str, Any] | None:
