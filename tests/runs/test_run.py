@@ -37,6 +37,8 @@ def test_create_open_scan(tmp_path):
     assert [found.name for found in scan(tmp_path)] == [CONFIG.name]
     with pytest.raises(AfterimageError, match="not a run folder"):
         Run.open(tmp_path / "report")
+    with pytest.raises(AfterimageError, match=f"it is a folder of runs, name one of them: {run.name}"):
+        Run.open(tmp_path)
     with pytest.raises(AfterimageError, match="no folder"):
         list(scan(tmp_path / "nowhere"))
 

@@ -87,7 +87,9 @@ def check_fraction(config: object, *names: str) -> None:
     """Check that attributes of a config lie between 0 and 1, both excluded."""
     for name in names:
         if not 0 < getattr(config, name) < 1:
-            raise AfterimageError(f"{name} must lie between 0 and 1, got {getattr(config, name)}")
+            raise AfterimageError(
+                f"{name} must lie between 0 and 1, both excluded, got {getattr(config, name)}"
+            )
 
 
 def check_range(name: str, value: int | float, low: int | float, high: int | float) -> None:

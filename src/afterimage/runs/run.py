@@ -22,6 +22,7 @@ from afterimage.config import (
     RunConfig,
     dump_toml,
     from_dict,
+    join_names,
     load_toml,
     printable_path,
 )
@@ -104,8 +105,10 @@ class Run:
         """Open a run folder; raise `AfterimageError` if it holds neither config.toml nor summary.json."""
         run = cls(Path(path))
         if not run.file("config.toml").exists() and not run.file("summary.json").exists():
+            inside = [own.path.name for own in scan(path)] if run.path.is_dir() else []
+            hint = f"; it is a folder of runs, name one of them: {join_names(inside, 3)}" if inside else ""
             raise AfterimageError(
-                f"{printable_path(path)} is not a run folder: it holds neither config.toml nor summary.json"
+                f"{printable_path(path)} is not a run folder: it holds neither config.toml nor summary.json{hint}"
             )
         return run
 
@@ -296,7 +299,8 @@ def _commit() -> str | None:
         commit = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
         )
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changes = subprocess.run(status, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
