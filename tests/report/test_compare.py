@@ -93,7 +93,7 @@ def test_lpips_is_ranked_by_one_network_only(atlas, tmp_path):
     assert [s.place("lpips") for s in comparison.standings] == [None, None]
     assert all(s.place("ssim") for s in comparison.standings)
     (told,) = comparison.remarks
-    assert told == "Rows of the atlas whose LPIPS is by the network alex, which measured none of yours: 7."
+    assert told == "Rows of the atlas whose LPIPS is by alex, a network that measured none of yours: 7."
 
 
 def test_random_controls_of_the_atlas_and_its_copies_of_ones_rows_are_not_ranked(mine, tmp_path):

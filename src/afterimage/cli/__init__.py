@@ -139,4 +139,4 @@ def _run(chosen, arguments: list[str]) -> None:
             return
     chosen.run()
     if ranks := sys.modules.get("afterimage.runtime.distributed"):  # importing it takes seconds
-        ranks.leave()
+        ranks.close_process_group()

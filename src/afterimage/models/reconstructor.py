@@ -304,6 +304,7 @@ def load_trained_decoder(run: Run, encoders: FeatureSource) -> Reconstructor:
     config, path = run.config, run.file("decoder.safetensors")
     if not path.exists():
         raise AfterimageError(f"run {run.name} has no decoder yet (state: {run.state})")
+    _check_same_weights(run, encoders)
     try:
         sources = list(encoders.sources)
         made_for = {"sources": sources, "weights": encoders.weight_digests(sources)}
@@ -317,3 +318,22 @@ def load_trained_decoder(run: Run, encoders: FeatureSource) -> Reconstructor:
     loaded = Reconstructor(encoders, model).eval()
     loaded.origin = run.origin
     return loaded
+
+
+def _check_same_weights(run: Run, encoders: FeatureSource) -> None:
+    """Raise an `AfterimageError` that names the network if the encoders have other weights or code than the run had."""
+    if not run.has_result:
+        return
+    recorded = {weights.model: weights for weights in run.result.weights}
+    for weights in encoders.weights_of(encoders.sources):
+        before = recorded.get(weights.model, weights)
+        if before.identity != weights.identity:
+            raise AfterimageError(
+                f"run {run.name} was trained on weights of {weights.model} with {_describe_weights(before)}, but these "
+                f"have {_describe_weights(weights)}"
+            )
+
+
+def _describe_weights(weights: WeightsRecord) -> str:
+    digest = f"digest {weights.sha256[:12] or f'none: {weights.label}'} ({weights.location})"
+    return f"{digest} and code {weights.code[:12]}" if weights.code else digest

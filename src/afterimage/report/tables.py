@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 SPREADS = {"std": "± standard deviation ", "interval": f"and its {INTERVAL_NAME} "}
-"""What the caption says of the text after each mean."""
+"""Text of the caption on what follows each mean."""
 
 
 @dataclass(frozen=True)
