@@ -300,7 +300,7 @@ def test_what_push_refuses(hub, runs, tmp_path, capsys):
     run = runs[0].path
     assert "--to 'me' is no name of a repository: write USER/NAME" in refused(run, "--to", "me")
     hub.commit("me/bert", **{"config.json": b'{"model_type": "bert"}'})
-    assert "me/bert holds something else than what afterimage pushes (its library_name" in refused(
+    assert "me/bert holds files other than those that afterimage pushes (its library_name" in refused(
         run, "--to", "me/bert"
     )
     hub.commit("me/other", **{"model.bin": b"x"})
@@ -340,7 +340,7 @@ def test_scores_are_a_data_set(hub, runs, tmp_path, capsys, sample_images):
     code, _, err = command(capsys, *push[:3], "me/photos", "--dataset")
     assert (
         code == 1
-        and "me/photos holds something else than what afterimage pushes (it has a.png, and no table" in err
+        and "me/photos holds files other than those that afterimage pushes (it has a.png, and no table" in err
     )
 
 
@@ -445,5 +445,6 @@ def test_what_no_space_is_made_of(hub, runs, capsys, monkeypatch):
     hub.commit(f"spaces/{NAME}", **{"app.py": b"print()", CARD: b""})
     code, out, err = command(capsys, *push)
     assert (
-        code == 1 and "holds something else than what afterimage pushes (it has app.py, and no wheel" in err
+        code == 1
+        and "holds files other than those that afterimage pushes (it has app.py, and no wheel" in err
     )

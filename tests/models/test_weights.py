@@ -113,7 +113,7 @@ def test_a_path_is_a_file_or_a_folder(tmp_path):
     save_file(STATE, tmp_path / "any.safetensors")
     found = find_weights(MODEL, tmp_path / "any.safetensors")
     digest = hashlib.sha256((tmp_path / "any.safetensors").read_bytes()).hexdigest()
-    assert asdict(found.used) == {
+    assert asdict(found.record) == {
         "model": MODEL,
         "origin": "path",
         "location": str(tmp_path / "any.safetensors"),
@@ -254,7 +254,7 @@ def test_a_digest_is_computed_once_for_a_file_that_stays_the_same(tmp_path, monk
 
 @pytest.mark.parametrize("kind", RANDOM_WEIGHTS)
 def test_random_weights_say_so(kind):
-    assert asdict(Weights(MODEL, kind, "seed 7").used) == {
+    assert asdict(Weights(MODEL, kind, "seed 7").record) == {
         "model": MODEL,
         "origin": kind,
         "location": "seed 7",
@@ -265,7 +265,8 @@ def test_random_weights_say_so(kind):
         "code": "",
     }
     assert (
-        len({Weights(MODEL, k, f"seed {seed}").used.identity for k in RANDOM_WEIGHTS for seed in (1, 2)}) == 4
+        len({Weights(MODEL, k, f"seed {seed}").record.identity for k in RANDOM_WEIGHTS for seed in (1, 2)})
+        == 4
     )
 
 

@@ -33,7 +33,7 @@ class Layers:
         network = open_network(self.model)
         size = size or network.native_size
         traced = trace(network, size)
-        layers = traced.list_layers(every=self.all_modules) + traced.list_named()
+        layers = traced.list_layers(all_modules=self.all_modules) + traced.list_named()
         numbers = ("shape", "reduction", "locations", "values per pixel value", "parameters", "multiply-adds")
         placed = any(layer.rows or layer.columns for layer in layers)
         found = table(self.model, ("layer", "kind"), numbers, ("locations lie",) if placed else ())
@@ -51,8 +51,8 @@ class Layers:
             )
         console(140).print(found)
         print_unseen({layer.layer: layer.unseen for layer in layers})
-        print_lines(*network.remarks)
-        if ended := traced.early_end:
+        print_lines(*network.input_notes)
+        if ended := traced.early_stop_note:
             print_lines(f"WARNING: {ended}")
 
 

@@ -193,7 +193,7 @@ class Metrics:
             self.lpips_status = LpipsStatus(lpips_net, reason=str(error))
             return
         self.lpips = LPIPS(lpips_net, found)
-        self.lpips_status = LpipsStatus(lpips_net, True, weights=found.used)
+        self.lpips_status = LpipsStatus(lpips_net, True, weights=found.record)
 
     def to(self, device: torch.device | str) -> Metrics:
         """Move LPIPS to a device and return the metrics."""

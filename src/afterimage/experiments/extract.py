@@ -183,7 +183,7 @@ def extract(
         split=wanted.split,
         images=len(ids),
         dtype=wanted.dtype,
-        remarks=tuple(encoders.remarks_of(encoders.sources)),
+        remarks=tuple(encoders.notes_of(encoders.sources)),
     )
     writer = StoreWriter(path, facts, wanted.per_shard(encoders.specs, len(ids)))
     recipe = RecipeConfig(batch_size=wanted.batch_size)

@@ -126,7 +126,7 @@ class JointRun:
         self.data = load_images()
         if self.first.features is not None:
             self.encoders.check(self.data)
-            for note in self.encoders.remarks_of(sources):
+            for note in self.encoders.notes_of(sources):
                 context.log(note)
         for entry in self.encoders.weights_of(self.encoders.sources):
             note = f" ({entry.note})" if entry.note else ""
@@ -256,9 +256,9 @@ class JointRun:
         notes = [*decoder.notes]
         if code := decoder.identity.get("code"):
             notes.append(f"{config.decoder.name} has the SHA-256 {code}")
-        notes += decoder.model.decoder.remarks
+        notes += decoder.model.decoder.notes
         notes += visibility_notes(features, box, size, () if box is None else result.rows)
-        notes += [*weight_notes(weights), *self.encoders.remarks_of(sources), *self.data.notes]
+        notes += [*weight_notes(weights), *self.encoders.notes_of(sources), *self.data.notes]
         training = TrainingFacts(
             parameters=decoder.parameters,
             macs=decoder.model.macs([self.encoders.specs[i] for i in decoder.feature_indices]),

@@ -159,7 +159,7 @@ def _matches(source: str, size: tuple[int, int], progress: Progress) -> list[str
         return [resolve_source(source)]
     traced = trace(open_network(model), size)
     names = [found.layer for found in traced.list_layers()]
-    if ended := traced.early_end:
+    if ended := traced.early_stop_note:
         progress(f"WARNING: {ended}", 1, 1)
     matches = [resolve_source(f"{model}:{name}") for name in names if fnmatch.fnmatchcase(name, layer)]
     if not matches and not any(sign in layer for sign in "*?"):

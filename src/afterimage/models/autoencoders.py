@@ -46,12 +46,16 @@ class Autoencoder:
         diffusers = library("diffusers")
         repository, folder = _split_repository(name)
         config = read_config(repository, (f"{folder}{CONFIG}",))
-        asked = str(config.get("_class_name"))
-        kind = getattr(diffusers, asked, None) if asked.startswith(("Autoencoder", "VQModel")) else None
+        class_name = str(config.get("_class_name"))
+        kind = (
+            getattr(diffusers, class_name, None)
+            if class_name.startswith(("Autoencoder", "VQModel"))
+            else None
+        )
         if kind is None:
             raise AfterimageError(
                 f"{name} is no autoencoder of diffusers {diffusers.__version__}: its {CONFIG} names the _class_name "
-                f"{asked!r}; of a pipeline name the folder of the autoencoder, such as {name}/vae"
+                f"{class_name!r}; of a pipeline name the folder of the autoencoder, such as {name}/vae"
             )
         return cls(name, kind, config)
 
@@ -91,7 +95,7 @@ class Autoencoder:
         """
         try:
             with quiet("diffusers"):
-                module, told = self.kind.from_pretrained(
+                module, info = self.kind.from_pretrained(
                     weights.file.parent,
                     torch_dtype=torch.float32,
                     use_safetensors=True,
@@ -101,7 +105,7 @@ class Autoencoder:
                 )
         except Exception as error:
             raise AfterimageError(f"{weights.file} does not fit {self.name}: {first_line(error)}") from None
-        if missing := sorted(told["missing_keys"]):
+        if missing := sorted(info["missing_keys"]):
             raise AfterimageError(f"{weights.file} lacks {join_names(missing)} of {self.name}")
         return module.eval()
 
@@ -120,13 +124,13 @@ class LatentEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if _normalises(self.autoencoder):
-            return self.latents(self._of_tower(images))
+            return self.latents(self._encode_any_size(images))
         encoded = self.autoencoder.encode(images)
         found = [getattr(encoded, name) for name in ("latent", "latents") if hasattr(encoded, name)]
         mean, std = _statistics(self.autoencoder)
         return self.latents(((found[0] if found else encoded.latent_dist.mode()) - mean) / std)
 
-    def _of_tower(self, images: Tensor) -> Tensor:
+    def _encode_any_size(self, images: Tensor) -> Tensor:
         """Encode images of any size and shape with a representation autoencoder.
 
         The autoencoder's own `encode` resizes all images to one size. Here every image is resized by the same
@@ -158,10 +162,10 @@ class LatentDecoder(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        own = _normalises(self.autoencoder)
-        if self.raw and own:
+        normalises = _normalises(self.autoencoder)
+        if self.raw and normalises:
             latents = self.autoencoder._normalize_latents(latents) * self.autoencoder.config.scaling_factor
-        if not self.raw and not own:
+        if not self.raw and not normalises:
             mean, std = _statistics(self.autoencoder)
             latents = latents * std + mean
         return self.autoencoder.decode(latents).sample

@@ -27,15 +27,15 @@ def fused_spec(
 ) -> FeatureSpec:
     """Return the spec of a fused map of `size` locations.
 
-    The fused map has the position of the finest input map (the first, if several are equally fine) and sees
-    all pixels that any input map sees.
+    The fused map has the position of the finest input map (the first, if several are equally fine) and depends on
+    all pixels on which any input map depends.
     """
     finest = max(specs, key=lambda spec: spec.locations)
-    seen = visible_box(specs, image_size) or tuple((0, length) for length in image_size)
+    visible = visible_box(specs, image_size) or tuple((0, length) for length in image_size)
     cells = (finest.height, finest.width)
     axes = [
-        None if axis is None else Axis(axis.start, axis.stride * own / count, *ends)
-        for axis, own, count, ends in zip((finest.rows, finest.columns), cells, size, seen, strict=True)
+        None if axis is None else Axis(axis.start, axis.stride * before / count, *ends)
+        for axis, before, count, ends in zip((finest.rows, finest.columns), cells, size, visible, strict=True)
     ]
     return FeatureSpec(" + ".join(spec.source for spec in specs), channels, *size, *axes)
 
@@ -65,10 +65,10 @@ def _weights(source: Span, target: Span, smooth: bool) -> Float[Tensor, "target 
     middles = (
         target.start + (torch.arange(target.count, dtype=torch.float64, device="cpu") + 0.5) * target.stride
     )
-    places = ((middles - source.start) / source.stride - 0.5).clamp(0, source.count - 1)
-    reach = max(1.0, target.stride / source.stride) if smooth else 1.0
-    distance = (places[:, None] - torch.arange(source.count, dtype=torch.float64, device="cpu")).abs()
-    weights = (1 - distance / reach).clamp(min=0)
+    indices = ((middles - source.start) / source.stride - 0.5).clamp(0, source.count - 1)
+    radius = max(1.0, target.stride / source.stride) if smooth else 1.0
+    distance = (indices[:, None] - torch.arange(source.count, dtype=torch.float64, device="cpu")).abs()
+    weights = (1 - distance / radius).clamp(min=0)
     return (weights / weights.sum(1, keepdim=True)).float()
 
 
@@ -200,7 +200,7 @@ class AlignedFusion(Fusion):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         pairs = zip(features, self.canvases, strict=True)
-        return torch.cat([align(maps, own, self.canvas, smooth=False) for maps, own in pairs], 1)
+        return torch.cat([align(maps, canvas, self.canvas, smooth=False) for maps, canvas in pairs], 1)
 
 
 class StackedFusion(Fusion):
@@ -294,7 +294,7 @@ class SumFusion(Fusion):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         pairs = zip(features, self.canvases, strict=True)
-        return sum(align(maps, own, self.canvas) for maps, own in pairs)
+        return sum(align(maps, canvas, self.canvas) for maps, canvas in pairs)
 
 
 FUSIONS: dict[str, type[Fusion]] = {
@@ -337,7 +337,7 @@ class WeightMaps:
 
     Args:
         fusion: the fusion
-        keep: number of images whose weight maps are kept
+        keep: number of images whose weight maps are stored
     """
 
     def __init__(self, fusion: AttentionFusion | WeightedFusion, keep: int) -> None:

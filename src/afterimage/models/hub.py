@@ -262,7 +262,7 @@ def _check_empty(names: set[str], repository: str, kind: str) -> None:
             raise AfterimageError(f"it has {join_names(others)}, and no {missing}")
     except (AfterimageError, Unavailable) as error:
         raise AfterimageError(
-            f"{repository} holds something else than what {LIBRARY} pushes ({error}): name another repository"
+            f"{repository} holds files other than those that {LIBRARY} pushes ({error}): name another repository"
         ) from None
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from afterimage.config import AfterimageError, FeatureSpec, RunConfig, printable_path, split_source
 from afterimage.models.decoders import Decoder, create_decoder, decoder_digest
 from afterimage.models.decoders.base import ClosedForm, FeatureCrop
-from afterimage.models.decoders.own import CustomDecoder
+from afterimage.models.decoders.custom import CustomDecoder
 from afterimage.models.encoders.encoder import Encoder
 from afterimage.models.encoders.providers import resolve_source
 from afterimage.models.fusion import FUSIONS, Fusion, create_fusion
@@ -48,8 +48,8 @@ class FeatureSource(nn.Module, ABC):
         """Return the origin of the weights behind `sources`, one entry per network."""
 
     @abstractmethod
-    def remarks_of(self, sources: Sequence[str]) -> list[str]:
-        """Return remarks for the run's notes on how images reach the networks, or on the features' origin."""
+    def notes_of(self, sources: Sequence[str]) -> list[str]:
+        """Return notes for the run's result on how images reach the networks, or on the features' origin."""
 
     def weight_digests(self, sources: Sequence[str]) -> dict[str, str]:
         """Return the identity of the weights behind `sources` by model: a SHA-256, or the random draw."""
@@ -107,11 +107,11 @@ class MultiEncoder(FeatureSource):
 
     def weights_of(self, sources: Sequence[str]) -> list[WeightsRecord]:
         used = set(sources)
-        return [e.weights.used for e in self.encoders if used.intersection(e.sources)]
+        return [e.weights.record for e in self.encoders if used.intersection(e.sources)]
 
-    def remarks_of(self, sources: Sequence[str]) -> list[str]:
+    def notes_of(self, sources: Sequence[str]) -> list[str]:
         used = set(sources)
-        return [note for e in self.encoders if used.intersection(e.sources) for note in e.remarks]
+        return [note for e in self.encoders if used.intersection(e.sources) for note in e.input_notes]
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
         """Return the features of images `(B, 3, H, W)` in [0, 1].
@@ -172,11 +172,13 @@ class FeatureDecoder(nn.Module):
     def partial_fit(
         self, part: ClosedForm, features: Sequence[Tensor], images: Tensor, *, validation: bool = False
     ) -> None:
-        """Show a batch to one of `closed_forms`: the features to a fusion, fused features to a decoder."""
-        given = features
+        """Add a batch to the fit of one of `closed_forms`: a fusion gets the features, a decoder the fused ones."""
+        inputs = features
         if part is not self.fusion:
-            given = self.fuse(features) if len(images) else empty_features([self.decoder.spec], images.device)
-        part.partial_fit(given, images, validation=validation)
+            inputs = (
+                self.fuse(features) if len(images) else empty_features([self.decoder.spec], images.device)
+            )
+        part.partial_fit(inputs, images, validation=validation)
 
     def macs(self, specs: Sequence[FeatureSpec]) -> int:
         """Count the multiply-adds of decoding one image with features of the given shapes."""
@@ -229,7 +231,7 @@ def build_feature_decoder(config: RunConfig, specs: Sequence[FeatureSpec]) -> Fe
         untrained = f"{', '.join(others)} or {last}"
         raise AfterimageError(
             f"{config.decoder.name} is fitted in closed form on features as they are; fuse them with "
-            f"{untrained}, which have nothing to learn by descent, instead of {config.fusion.name!r}"
+            f"{untrained}, which have no parameters to train by gradient descent, instead of {config.fusion.name!r}"
         )
     return FeatureDecoder(decoder, fusion)
 
@@ -307,10 +309,10 @@ def load_trained_decoder(run: Run, encoders: FeatureSource) -> Reconstructor:
     _check_same_weights(run, encoders)
     try:
         sources = list(encoders.sources)
-        made_for = {"sources": sources, "weights": encoders.weight_digests(sources)}
+        feature_identity = {"sources": sources, "weights": encoders.weight_digests(sources)}
         if code := decoder_digest(config.decoder.name):
-            made_for["code"] = code
-        tensors = load_decoder(path, made_for)
+            feature_identity["code"] = code
+        tensors = load_decoder(path, feature_identity)
         model = build_feature_decoder(config, encoders.specs)
         model.load_state_dict(tensors)
     except RuntimeError as error:

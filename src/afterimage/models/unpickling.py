@@ -105,7 +105,7 @@ class Function:
         return cls.build(*arguments)
 
     def __setstate__(self, state: Any) -> None:
-        """Exist, so that no attribute is set."""
+        """Ignore the state: a pickle may set attributes of a function."""
 
 
 class Items(dict):
@@ -123,7 +123,10 @@ class Storage(NamedTuple):
 
 
 class DeferredTensor:
-    """A tensor, or a NumPy array, whose content follows later in the pickle; None if it is none of numbers."""
+    """Tensor or NumPy array, whose content may be set later by the pickle.
+
+    `tensor` is None if its values are not numbers.
+    """
 
     kind = "Tensor"
 
@@ -264,7 +267,7 @@ def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
         size: its size in bytes
 
     Raises:
-        HoldsCode: the file names something that runs commands
+        UnsafePickleError: the file names something that runs commands
         Exception: the file is damaged; the type varies
     """
     first = Reader(stream).load()
@@ -295,7 +298,9 @@ def read_stream(stream: io.BufferedIOBase, size: int) -> Any:
         content, dtype = found[name]
         (count,) = struct.unpack("<q", stream.read(8))
         if count * dtype.itemsize != content.numel():
-            raise CorruptFileError(f"one of its tensors has {count:,} values and should have others")
+            raise CorruptFileError(
+                f"one of its tensors has {count:,} values, another number than its storage declares"
+            )
         if content.numel() and stream.readinto(content.numpy()) != content.numel():
             raise CorruptFileError("it is cut short")
     return value
@@ -312,7 +317,7 @@ def read_archive(path: Path, archive: zipfile.ZipFile, folder: str) -> Any:
         folder: the archive's only folder, with a slash at its end
 
     Raises:
-        HoldsCode: the file names something that runs commands
+        UnsafePickleError: the file names something that runs commands
         Exception: the file is damaged; the type varies
     """
     records = {info.filename: info for info in archive.infolist()}

@@ -53,7 +53,7 @@ class NamedTensors:
     containers: Mapping[str, str]
     unread: tuple[str, ...] = ()
 
-    def holds(self) -> str:
+    def describe(self) -> str:
         """Describe the content for messages: the number of tensors, and the first names."""
         count = len(self.tensors)
         return f"it holds {count} tensor{'s' * (count != 1)}: {join_names(list(self.tensors))}"
@@ -91,9 +91,8 @@ def read_named_tensors(file: str | Path) -> NamedTensors:
             else f"{type(error).__name__}: {first_line(error)}"
         )
         raise AfterimageError(
-            f"cannot read weights from {printable_path(path)}: it begins as a checkpoint does, and is "
-            "damaged or cut short at "
-            f"{size:,} bytes ({reason}); download or save it again"
+            f"cannot read weights from {printable_path(path)}: it begins like a checkpoint, but is "
+            f"damaged or truncated at {size:,} bytes ({reason}); download or save it again"
         ) from None
     return _named(path, content)
 
@@ -192,28 +191,29 @@ def _named(path: Path, content: Any) -> NamedTensors:
     return NamedTensors(str(path), tensors, containers, tuple(unread))
 
 
-def save_decoder(path: Path, tensors: Mapping[str, Tensor], made_for: Mapping[str, Any]) -> None:
+def save_decoder(path: Path, tensors: Mapping[str, Tensor], feature_identity: Mapping[str, Any]) -> None:
     """Write a decoder to a safetensors file; equal arguments give equal bytes.
 
     Args:
         path: the file
         tensors: its parameters and buffers by name
-        made_for: its sources, the digests of the encoders' weights that it was trained on, and for a decoder
-            from outside this package the digest of its code
+        feature_identity: identity of the features that it was trained on: their sources, the digests of the
+            encoders' weights, and for a decoder from outside this package the digest of its code
 
     Raises:
         AfterimageError: the file cannot be written
     """
-    write_atomic(path, save(to_safetensors_form(tensors), {"made_for": json.dumps(made_for, sort_keys=True)}))
+    write_atomic(
+        path, save(to_safetensors_form(tensors), {"made_for": json.dumps(feature_identity, sort_keys=True)})
+    )
 
 
-def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
+def load_decoder(path: Path, feature_identity: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read a decoder's parameters and buffers.
 
     Args:
         path: the file
-        made_for: sources and digests of the encoders' weights that it will be used with, and for a decoder
-            from outside this package the digest of its code
+        feature_identity: the same of the features that it will be used with
 
     Raises:
         AfterimageError: the file is damaged, or was made for other features or by other code
@@ -225,7 +225,7 @@ def load_decoder(path: Path, made_for: Mapping[str, Any]) -> dict[str, Tensor]:
             raise ValueError("it does not say which features it was made for")
     except (ValueError, RecursionError) as error:
         raise AfterimageError(f"cannot read {printable_path(path)}: {error}") from None
-    for key, value in made_for.items():
+    for key, value in feature_identity.items():
         if stored.get(key) == value:
             continue
         if key == "code":

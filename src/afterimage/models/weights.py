@@ -41,7 +41,7 @@ State = Mapping[str, Tensor]
 AVERAGED = {"ema", "swa", "averaged"}
 """Words in a prefix that mark averaged weights, which are preferred."""
 PREFERRED_CONTAINERS = ("state_dict", "model")
-"""Containers that come next in preference, in this order."""
+"""Containers that are preferred after averaged weights, in this order."""
 LAST_RESORT_WORDS = {"student", "momentum", "optimizer", "optim", "grad", "grads"}
 """Words in a prefix that mark tensors to be taken only as a last resort."""
 PREFERENCE_NOTE = (
@@ -90,15 +90,15 @@ class Weights:
         return self.origin if self.is_random else "pretrained"
 
     @property
-    def used(self) -> WeightsRecord:
+    def record(self) -> WeightsRecord:
         """The weights as a run's result records them."""
         known = (self.model, self.origin, self.location, self.sha256)
         return WeightsRecord(*known, self.label, self.is_random, self.note, self.code)
 
 
-def weight_notes(used: Iterable[WeightsRecord]) -> list[str]:
-    """Return remarks on weights, for a run's notes."""
-    return [f"weights of {weights.model}: {weights.note}" for weights in used if weights.note]
+def weight_notes(records: Iterable[WeightsRecord]) -> list[str]:
+    """Return notes on weights, for a run's result."""
+    return [f"weights of {weights.model}: {weights.note}" for weights in records if weights.note]
 
 
 def search_weights(
@@ -271,7 +271,7 @@ def best_match(
         convert: function that turns tensors into the model's names and shapes
 
     Returns:
-        the match, and a note on its place in the file, empty if that is obvious
+        the match, and a note on its position in the file, empty if that is obvious
 
     Raises:
         AfterimageError: `convert` fails on everything in the file
@@ -367,8 +367,8 @@ def _chosen(file: NamedTensors, fits: list[Match]) -> tuple[Match, str]:
     """Choose the best match, by `PREFERENCE_NOTE` among those that fit equally well, and write the note."""
     top = max(match.score for match in fits)
     fits = [match for match in fits if match.score == top]
-    places = {name: place for place, name in enumerate(file.tensors)}
-    begins = {m.prefix: min(p for n, p in places.items() if n.startswith(m.prefix)) for m in fits}
+    indices = {name: index for index, name in enumerate(file.tensors)}
+    begins = {m.prefix: min(i for n, i in indices.items() if n.startswith(m.prefix)) for m in fits}
     best, *others = sorted(fits, key=lambda match: (*_order(match.prefix), begins[match.prefix]))
     parts = []
     if best.prefix:

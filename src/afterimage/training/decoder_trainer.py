@@ -320,8 +320,8 @@ def split_batch(
 
 
 def create_optimizer(model: FeatureDecoder, recipe: RecipeConfig) -> torch.optim.Adam:
-    """Create Adam for the trainable parameters; those of a decoder with `decays = False` get no weight decay."""
-    spared = set() if model.decoder.decays else set(model.decoder.parameters())
+    """Create Adam for the trainable parameters; without weight decay unless the decoder `uses_weight_decay`."""
+    spared = set() if model.decoder.uses_weight_decay else set(model.decoder.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p not in spared], "weight_decay": recipe.weight_decay},

@@ -89,7 +89,7 @@ class StoredEncoders(FeatureSource):
             )
         ]
 
-    def remarks_of(self, sources: Sequence[str]) -> list[str]:
+    def notes_of(self, sources: Sequence[str]) -> list[str]:
         """Return remarks on the origin of the features, on the encoder, and on unused images that `check` found."""
         facts, path = self.store.facts, printable_path(self.store.path)
         kind = "as they are in the file, by whatever made them" if facts is None else facts.dtype

@@ -246,7 +246,7 @@ def test_a_window_of_the_residual_decoder_is_a_part_of_the_whole(start, stride, 
     windows = [w for seed in range(8) for w in decoder.feature_crops(torch.Generator().manual_seed(seed))]
     assert len(windows) > 8 and None not in windows
     for window in windows:
-        part, target = decoder([features], window), decoder.cut(images, window)
+        part, target = decoder([features], window), decoder.crop_images(images, window)
         assert part.shape == target.shape and part.numel()
         rows, columns = decoder.canvas.crop(window)[1]
         assert torch.equal(target, images[..., rows, columns])

@@ -189,7 +189,7 @@ def test_a_window_of_a_residual_decoder_is_that_part_of_the_image(trunk):
     for top, left, height, width in [*feature_crops, (0, 0, 32, 32), (8, 28, 32, 32)]:
         assert 0 <= top <= 8 and 0 <= left <= 28
         window = (top, left, height, width)
-        part, whole = decoder(features, window), decoder.cut(decoder(features), window)
+        part, whole = decoder(features, window), decoder.crop_images(decoder(features), window)
         assert part.shape == (2, 3, 64, 64) and part.std() > 0.01
         # Four convolutions on 2x2 pixels a cell see no further than 8 pixels, the trunk's two locations more.
         inner = slice(8 + 4 * trunk, -8 - 4 * trunk)

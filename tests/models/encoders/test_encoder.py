@@ -253,7 +253,7 @@ def test_whole_networks_cost_what_their_papers_say():
 
 
 def test_every_module_is_listed_on_request():
-    few, every = list_layers("vgg16"), list_layers("vgg16", every=True)
+    few, every = list_layers("vgg16"), list_layers("vgg16", all_modules=True)
     assert [layer.layer for layer in few] == ["block1", "block2", "block3", "block4", "block5"]
     assert [layer.module for layer in every] == [*(f"features.{i}" for i in range(31)), "features"]
     assert set(few) < set(every)

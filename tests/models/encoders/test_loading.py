@@ -49,7 +49,7 @@ def test_a_part_of_the_network_suffices_up_to_its_deepest_layer(whole, tmp_path)
 def test_every_tensor_on_the_used_path_is_insisted_on(whole, tmp_path):
     used = {
         names[0]
-        for names in trace(open_network(TINY), (64, 64)).used(
+        for names in trace(open_network(TINY), (64, 64)).tensors_read_by(
             [trace(open_network(TINY), (64, 64)).layer("layer1")]
         )
     }
@@ -62,7 +62,7 @@ def test_every_tensor_on_the_used_path_is_insisted_on(whole, tmp_path):
 def test_parameters_that_no_module_owns_the_running_of_are_insisted_on():
     used = {
         n
-        for names in trace(open_network("vit_tiny_patch16_224"), (64, 64)).used(
+        for names in trace(open_network("vit_tiny_patch16_224"), (64, 64)).tensors_read_by(
             [trace(open_network("vit_tiny_patch16_224"), (64, 64)).layer("block1")]
         )
         for n in names
@@ -74,7 +74,7 @@ def test_parameters_that_no_module_owns_the_running_of_are_insisted_on():
         ("swin_tiny_patch4_window7_224", "layers.0", {"layers.0.blocks.0.attn.relative_position_bias_table"}),
     ):
         traced = trace(open_network(model), (64, 64))
-        assert parts <= {n for names in traced.used([traced.layer(layer)]) for n in names}
+        assert parts <= {n for names in traced.tensors_read_by([traced.layer(layer)]) for n in names}
 
 
 def test_weights_of_another_shape_or_that_are_not_finite_are_errors(whole, tmp_path):
@@ -172,7 +172,7 @@ def test_one_beginning_of_names_is_taken_off_and_said(whole, tmp_path, prefix):
     assert holds(encoder, whole)
     assert encoder.weights.note == f"the tensors without the beginning {prefix!r} of their names"
     assert encoder.notes == (f"weights of {TINY}: {encoder.weights.note}",)
-    assert encoder.weights.used.note == encoder.weights.note
+    assert encoder.weights.record.note == encoder.weights.note
     file = tmp_path / "x.safetensors"
     save_file({key: value.contiguous() for key, value in begin(prefix, whole).items()}, file)
     assert holds(Encoder(f"{TINY}:layer2", weights=file, image_size=64), whole)
@@ -191,7 +191,7 @@ def test_the_container_that_fits_is_found_and_said(whole, tmp_path, nest):
 
 def test_plain_names_need_no_word(whole, tmp_path):
     encoder = load(whole, tmp_path)
-    assert encoder.weights.note == "" and encoder.notes == () and encoder.weights.used.note == ""
+    assert encoder.weights.note == "" and encoder.notes == () and encoder.weights.record.note == ""
 
 
 @pytest.mark.parametrize(

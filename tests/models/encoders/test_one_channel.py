@@ -62,7 +62,7 @@ def test_a_network_that_takes_three_channels_and_turns_them_to_grey_itself_gets_
             return self.conv(images.mean(1, keepdim=True))
 
     network = Encoder(Grey(), ["conv"], image_size=32).network
-    assert network.channels == 3 and not any("one channel" in remark for remark in network.remarks)
+    assert network.channels == 3 and not any("one channel" in remark for remark in network.input_notes)
 
 
 def test_its_mean_and_std_are_one_number():

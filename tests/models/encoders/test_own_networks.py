@@ -312,7 +312,7 @@ def test_remarks_on_a_network_reach_the_notes_of_its_runs(tmp_path):
         "        return images + torch.rand_like(images)\n"
     )
     encoders = MultiEncoder([f"python/{file}:Noisy:output"], image_size=SIZE)
-    as_is, varies = encoders.remarks_of(encoders.sources)
+    as_is, varies = encoders.notes_of(encoders.sources)
     assert "as they are, in [0, 1]" in as_is and "differ from one pass to the next" in varies
 
 
@@ -396,9 +396,9 @@ def test_code_is_part_of_the_weights_identity_whatever_the_weights(factories, tm
     name = f"python/{factories}/coded.py:factory"
     save_file(open_network(name).module.state_dict(), tmp_path / "w.safetensors")
     for weights in ("pretrained", "random", str(tmp_path / "w.safetensors")):
-        used = Encoder(name, ["output"], image_size=SIZE, weights=weights).weights.used
+        used = Encoder(name, ["output"], image_size=SIZE, weights=weights).weights.record
         assert used.code == open_network(name).code and used.identity.endswith(f", code {used.code}")
-    assert Encoder(nn.Conv2d(3, 4, 2, 2), ["output"], image_size=SIZE).weights.used.code == ""
+    assert Encoder(nn.Conv2d(3, 4, 2, 2), ["output"], image_size=SIZE).weights.record.code == ""
 
 
 @pytest.mark.parametrize(

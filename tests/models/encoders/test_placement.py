@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from afterimage.config import Axis
 from afterimage.models.encoders.encoder import Encoder
-from afterimage.models.encoders.follow import PositionTracer
 from afterimage.models.encoders.forward_trace import ForwardTrace
 from afterimage.models.encoders.layers import describe_unseen, find_placement
+from afterimage.models.encoders.position_tracing import PositionTracer
 from afterimage.models.encoders.providers import open_network
 from afterimage.models.encoders.tensor_layout import Layout
 from afterimage.models.encoders.tracing import layer_info, list_layers, trace
@@ -70,7 +70,7 @@ def test_a_vector_has_no_placement_and_an_attention_without_residual_keeps_its_q
     kept = layer_info("cait_xxs24_224:blocks.0.attn", 64)
     assert kept.rows is None and kept.unseen == ""
     mixed = layer_info("gmlp_ti16_224:blocks.0.mlp_channels.gate.proj", 64)
-    assert mixed.rows is None and "each of its locations is made of the whole image alike" in mixed.unseen
+    assert mixed.rows is None and "all of its locations depend on the whole image equally" in mixed.unseen
 
 
 def test_what_is_not_seen_in_words():
@@ -165,7 +165,7 @@ def test_chains_of_windows_lie_where_kernel_stride_and_padding_say(chain, height
         centre += stride * ((kernel - 1) * dilation / 2 - padding)
         stride *= step
     (rows, columns, _), positions = placed(network, (height, width))
-    ((y, x, _),) = positions.parts
+    ((y, x, _),) = positions.centres
     for array, count in ((y, shape[2]), (x, shape[3])):
         expected = centre + stride * torch.arange(count, dtype=torch.float64)
         torch.testing.assert_close(array.flatten().expand(count), expected, rtol=0, atol=1e-4)
@@ -219,7 +219,7 @@ class _Follow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.flow.step(func, args, kwargs or {}, result)
+        self.flow.trace_operation(func, args, kwargs or {}, result)
         return result
 
 
@@ -272,12 +272,12 @@ def test_what_only_moves_elements_moves_their_places_with_them(moves):
         for name, number in moves:
             moved = MOVES[name](moved, number)
         moved = moved * 1
-    positions = mode.flow.of(moved)
-    ((y, x, mixed),) = positions.parts
-    assert positions.shape == moved.shape and positions.doubts == frozenset()
+    positions = mode.flow.positions_of(moved)
+    ((y, x, mixed),) = positions.centres
+    assert positions.shape == moved.shape and positions.unknown_operations == frozenset()
     assert torch.equal((100 * y + x).expand(moved.shape), moved)
     assert (mixed == 0).all()
-    ends = ([array.min() for array in arrays] for arrays in positions.reach)
+    ends = ([array.min() for array in arrays] for arrays in positions.receptive_field)
     top, left, bottom, right = map(min, zip(*ends, strict=True))
     assert top == moved.min().div(100).floor() and -bottom == moved.max().div(100).ceil()
     assert 0 <= left < -right <= width
@@ -363,8 +363,8 @@ def _peaks(encoder, index, axis, lines, draws=3):
 def test_a_trace_that_ended_early_is_said_with_the_size_that_works(capsys):
     from afterimage.cli.layers import Layers
 
-    assert trace(open_network("crossvit_9_240"), (240, 240)).early_end == ""
-    assert trace(open_network("resnet18"), (64, 64)).early_end == ""
+    assert trace(open_network("crossvit_9_240"), (240, 240)).early_stop_note == ""
+    assert trace(open_network("resnet18"), (64, 64)).early_stop_note == ""
     Layers("crossvit_9_240").run()
     out = capsys.readouterr().out
     assert "WARNING: crossvit_9_240.in1k ended early on 224x224 images (The size of tensor a" in out

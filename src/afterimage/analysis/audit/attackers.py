@@ -148,7 +148,7 @@ def _attack(
             run, index = session.begin(condition), names.index(defence)
             context.conditions[run] = condition
             spec = sent.defences[index].sent_spec
-            options = decoder_family(decoder).single_location if spec.locations == 1 else {}
+            options = decoder_family(decoder).vector_options if spec.locations == 1 else {}
             built = create_decoder(decoder, [spec], session.target.image_size, seed=seed, **options)
             name = f"{decoder} on {defence} of {spec.source}"
             decoders[defence, decoder] = DecoderTrainer(

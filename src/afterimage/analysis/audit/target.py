@@ -136,9 +136,9 @@ def open_target(
         notes.append(f"{which}: nothing here says anything about a trained network")
     size = config.data.size
     specs = dict(zip(layers, encoder.specs, strict=True))
-    weights = encoder.weights.used
+    weights = encoder.weights.record
     network = encoder.network
-    normalised = [network.mean, network.std] if network.is_own else None
+    normalised = [network.mean, network.std] if network.is_custom else None
     return AuditTarget(config, network.name, specs, weights, size, data, pool, notes, normalised, failures)
 
 

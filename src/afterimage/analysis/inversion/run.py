@@ -403,7 +403,7 @@ def _run_inversion(
         notes=(
             took,
             *weight_notes(weights),
-            *encoders.remarks_of(encoders.sources),
+            *encoders.notes_of(encoders.sources),
             *notes,
             *given.notes,
             *score_notes(measured.rows),

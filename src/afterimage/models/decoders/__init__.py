@@ -11,9 +11,9 @@ import torch
 
 from afterimage.config import AfterimageError, FeatureSpec, absolute_model, unknown_choice_error
 from afterimage.models.decoders.base import Decoder
+from afterimage.models.decoders.custom import CustomDecoder, DiffusersDecoder
 from afterimage.models.decoders.frequency import FrequencyDecoder
 from afterimage.models.decoders.linear import LinearDecoder
-from afterimage.models.decoders.own import CustomDecoder, DiffusersDecoder
 from afterimage.models.decoders.residual import ResidualDecoder
 from afterimage.models.decoders.transposed import AttentionDecoder, TransposedDecoder
 from afterimage.models.decoders.wavelet import WaveletDecoder
@@ -24,7 +24,7 @@ or kernel is larger.
 """
 TOLERANCE = 0.05
 """Accepted relative deviation from the requested number of parameters."""
-MOST_STEPS = 2**16
+MAX_STEPS = 2**16
 """Largest size that is tried for a requested number of parameters, in steps of the family's size option."""
 
 DECODERS: dict[str, type[Decoder]] = {
@@ -60,7 +60,7 @@ def decoder_family(name: str) -> type[Decoder]:
 
 
 def decoder_digest(name: str) -> str:
-    """Return the SHA-256 of a foreign decoder's code or weight file; empty for one of `DECODERS`.
+    """Return the SHA-256 of the code or weight file of a decoder from outside; empty for one of `DECODERS`.
 
     Raises:
         AfterimageError: the file does not exist
@@ -99,10 +99,10 @@ def create_decoder(
             images
     """
     cls = decoder_family(name)
-    is_own = issubclass(cls, CustomDecoder)
+    is_custom = issubclass(cls, CustomDecoder)
     accepted = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options:
-        if option not in accepted and not is_own:
+        if option not in accepted and not is_custom:
             raise unknown_choice_error(f"option of the {name} decoder", option, accepted)
         if isinstance(options[option], int | float) and not abs(options[option]) <= MAX_OPTION:
             raise AfterimageError(
@@ -115,7 +115,7 @@ def create_decoder(
         try:
             if parameters is not None:
                 options |= _sizes(cls, tuple(specs), size, parameters, options)
-            if is_own:
+            if is_custom:
                 return cls(tuple(specs), size, name=absolute_model(name), options=options)
             return cls(tuple(specs), size, **options)
         except (TypeError, ValueError) as error:
@@ -136,7 +136,7 @@ def _sizes(
             the message names the nearest size
     """
     if cls.size_option is None:
-        raise AfterimageError(f"{cls.__name__} has one size only; leave out parameters")
+        raise AfterimageError(f"{cls.__name__} has one size only; omit parameters")
     if cls.size_option in options:
         raise AfterimageError(
             f"{cls.size_option} is chosen so that {cls.__name__} has {parameters:,} parameters: give one of the two"
@@ -148,18 +148,18 @@ def _sizes(
         return sum(p.numel() for p in decoder.parameters())
 
     def nearest(fixed: dict[str, Any]) -> dict[str, Any]:
-        sizes = [fixed | {cls.size_option: cls.size_step * steps} for steps in range(1, MOST_STEPS)]
+        sizes = [fixed | {cls.size_option: cls.size_step * steps} for steps in range(1, MAX_STEPS)]
         above = bisect.bisect_left(sizes, parameters, key=count)
-        found = sizes[max(0, above - 1) : above + 1]
+        candidates = sizes[max(0, above - 1) : above + 1]
         if cls.fine_option is not None and cls.fine_option not in options:
             default = inspect.signature(cls).parameters[cls.fine_option].default
-            found += [c | {cls.fine_option: default * k / 16} for c in found for k in range(8, 33)]
-        return min(found, key=lambda chosen: abs(count(chosen) - parameters))
+            candidates += [c | {cls.fine_option: default * k / 16} for c in candidates for k in range(8, 33)]
+        return min(candidates, key=lambda chosen: abs(count(chosen) - parameters))
 
     best = nearest({})
     too_large = count(best) > (1 + TOLERANCE) * parameters
-    if too_large and cls.smaller and not cls.smaller.keys() & options.keys():
-        best = nearest(cls.smaller)
+    if too_large and cls.fallback_options and not cls.fallback_options.keys() & options.keys():
+        best = nearest(cls.fallback_options)
     if abs(count(best) - parameters) > TOLERANCE * parameters:
         raise AfterimageError(
             f"{cls.__name__} cannot be built with {parameters:,} parameters for {specs[0].source}: "

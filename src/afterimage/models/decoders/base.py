@@ -17,7 +17,7 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 class ClosedForm:
-    """Base of decoders and fusions: what those that are fitted in closed form override."""
+    """Base class of decoders and fusions: methods that a part fitted in closed form overrides."""
 
     closed_form = False
     """True if the part is fitted in closed form before any training: it is shown the data once, between
@@ -45,7 +45,7 @@ class ClosedForm:
         """
 
     def finalize_fit(self) -> list[str]:
-        """Solve the closed form, and return remarks for the run's notes."""
+        """Solve the closed form, and return notes for the run's result."""
         return []
 
     @property
@@ -73,21 +73,21 @@ class Decoder(ClosedForm, nn.Module, ABC):
         image_size: height and width of the images in pixels.
     """
 
-    decays = True
+    uses_weight_decay = True
     """True if the recipe's weight decay applies to the decoder."""
     size_option: str | None = None
     """Option that sets the decoder's size, in steps of `size_step`."""
     size_step = 1
     fine_option: str | None = None
-    """Second option for the size, varied between half and twice its default to correct what `size_step`
-    leaves over."""
-    smaller: ClassVar[dict[str, Any]] = {}
-    """Options that make the decoder smaller still, for sizes that cannot be reached without them."""
+    """Second option for the size, varied between half and twice its default to correct the difference that
+    `size_step` leaves."""
+    fallback_options: ClassVar[dict[str, Any]] = {}
+    """Options to try if the requested number of parameters is too small for every value of `size_option`."""
     channels_last = True
     """True if the decoder runs faster with channels-last weights; the results are right in either memory
     order."""
-    single_location: ClassVar[dict[str, Any]] = {}
-    """Options for a vector, that is a map with a single location, which has no neighbours."""
+    vector_options: ClassVar[dict[str, Any]] = {}
+    """Options to use for a vector, a feature map with a single location: an audit passes them to the constructor."""
 
     def __init__(self, specs: Sequence[FeatureSpec], image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Decoder(ClosedForm, nn.Module, ABC):
             crop: the part of the map to decode, one of `feature_crops`; None for the whole map.
 
         Returns:
-            Images `(B, 3, H, W)` in [0, 1], or the part of them that the crop covers (see `cut`).
+            Images `(B, 3, H, W)` in [0, 1], or the part of them that the crop covers (see `crop_images`).
 
         Raises:
             AfterimageError: for features of another shape than the decoder was built for.
@@ -140,16 +140,16 @@ class Decoder(ClosedForm, nn.Module, ABC):
         """Choose the parts of a batch's feature maps to train on, one optimizer step each; None means all."""
         return [None]
 
-    def cut(self, images: Tensor, crop: FeatureCrop | None) -> Tensor:
-        """Cut the part of images `(B, 3, H, W)` that belongs to a crop of the features."""
+    def crop_images(self, images: Tensor, crop: FeatureCrop | None) -> Tensor:
+        """Crop images `(B, 3, H, W)` to the part that belongs to a crop of the features."""
         if crop is None:
             return images
         rows, columns = self.canvas.crop(crop)[1]
         return images[..., rows, columns]
 
     @property
-    def remarks(self) -> list[str]:
-        """Remarks for the run's notes on the images decoded so far."""
+    def notes(self) -> list[str]:
+        """Notes for the run's result on the images decoded so far."""
         return []
 
     def after_optimizer_step(self) -> None:

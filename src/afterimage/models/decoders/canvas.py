@@ -1,4 +1,8 @@
-"""The canvas of a feature map: the area that its cells cover, and its position in the image."""
+"""Canvas: the rectangle of the image plane that the cells of a feature map cover.
+
+A cell is the block of pixels that belongs to one location of the map. The canvas may have another size and position
+than the image; this module transfers pixels between both.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ FeatureCrop = tuple[int, int, int, int]
 """Top, left, height and width of a part of a feature map, in locations."""
 
 MAX_ROUNDING = 0.5
-"""Pixels by which cells may be moved to make the stride a whole number, and again for the start; decoders
-learn to compensate for it.
+"""Largest shift of a cell in pixels by rounding the stride to a whole number, and once more by rounding the start;
+decoders learn to compensate for it.
 """
 
 
@@ -72,10 +76,10 @@ class Span:
         whole = round(stride)
         drift = (stride - whole) * count / 2
         if whole < 1 or abs(drift) > MAX_ROUNDING:
-            found = cls(count, size, start, stride)
-            return even if max(abs(start), abs(found.end - size)) <= MAX_ROUNDING else found
+            span = cls(count, size, start, stride)
+            return even if max(abs(start), abs(span.end - size)) <= MAX_ROUNDING else span
         near = {math.floor(start + drift), math.ceil(start + drift)}
-        found = max(
+        span = max(
             (
                 cls(count, size, float(place), float(whole))
                 for place in near
@@ -83,7 +87,7 @@ class Span:
             ),
             key=lambda span: (min(span.end, size) - max(span.start, 0), -abs(span.start)),
         )
-        return even if (found.start, found.end) == (0, size) else found
+        return even if (span.start, span.end) == (0, size) else span
 
     @property
     def end(self) -> float:
@@ -113,8 +117,8 @@ class Span:
         first, last = ((pixel - self.start) / self.stride for pixel in self.inside)
         return math.floor(first), math.ceil(last)
 
-    def present(self, block: int) -> Bool[Tensor, "count block"]:
-        """Return a mask of the `block` equal parts of each cell whose middle lies inside the image."""
+    def inside_mask(self, block: int) -> Bool[Tensor, "count block"]:
+        """Return a mask of the parts of each cell, `block` of equal length, whose middle lies inside the image."""
         parts = torch.arange(self.count * block, dtype=torch.float64, device="cpu") + 0.5
         middles = self.start + parts * (self.stride / block)
         return ((middles > 0) & (middles < self.size)).view(self.count, block)
@@ -201,7 +205,7 @@ class Canvas:
 def visible_box(
     specs: Sequence[FeatureSpec], image_size: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Find the rows and the columns of images that at least one of several maps sees.
+    """Find the rows and the columns of images on which at least one of several maps depends.
 
     Args:
         specs: shapes of the features
@@ -221,17 +225,17 @@ def visible_box(
     return None if (rows[1] - rows[0], columns[1] - columns[0]) == tuple(image_size) else (rows, columns)
 
 
-def interpolate_axis(maps: Tensor, at: list[float], dim: int) -> Tensor:
-    """Interpolate maps linearly at positions along an axis, in indices; beyond the ends lie the outermost values."""
+def interpolate_axis(maps: Tensor, indices: list[float], dim: int) -> Tensor:
+    """Interpolate maps linearly along an axis at fractional indices; beyond the ends, use the outermost value."""
     last = maps.shape[dim] - 1
-    places = torch.tensor(at, dtype=torch.float64, device="cpu").clamp(0, last)
-    low = places.floor().long()
-    share = (places - low).to(maps.dtype)
+    positions = torch.tensor(indices, dtype=torch.float64, device="cpu").clamp(0, last)
+    low = positions.floor().long()
+    share = (positions - low).to(maps.dtype)
     low = low.to(maps.device)
     if not share.any():
         return maps.index_select(dim, low)
     shape = [1] * maps.ndim
-    shape[dim] = len(at)
+    shape[dim] = len(indices)
     one, two = maps.index_select(dim, low), maps.index_select(dim, (low + 1).clamp(max=last))
     return one.lerp(two, share.to(maps.device).view(shape))
 

@@ -22,7 +22,7 @@ FEW_ROWS = 200
 PANELS = 6
 """Number of panels in which the upper half of X'X is summed."""
 RIDGE_OUTPUTS = 96
-"""Approximate number of outputs on which a ridge is judged."""
+"""Approximate number of outputs on which the error of a ridge parameter is measured."""
 
 RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Candidates for lambda. Larger ones do lower the error on few images of a deep layer, but only by blurring
@@ -52,7 +52,7 @@ class LinearDecoder(Decoder):
 
     closed_form = True
     trainable = False
-    single_location: ClassVar = {"kernel": 1}
+    vector_options: ClassVar = {"kernel": 1}
 
     def __init__(
         self,
@@ -79,15 +79,14 @@ class LinearDecoder(Decoder):
         self._sums: dict[bool, list[_NormalEquations]] = {}
 
     def _cells(self) -> tuple[Tensor, Tensor]:
-        """Return the kind of each location's cell `(h w,)`, and the outputs of each kind `(kinds, 3 bh bw)`.
+        """Return the kind of each location's cell `(h w,)`, and the mask of each kind `(kinds, 3 bh bw)`.
 
-        Pixels outside the image have no target, so a kind is a set of outputs that lie in the image. All
-        cells inside the image are of one kind, with all outputs. Cells entirely outside the image have kind
-        -1.
+        Pixels outside the image have no target. The mask of a kind says which outputs lie inside the image. All
+        cells inside the image are of one kind, with all outputs. Cells entirely outside the image have kind -1.
         """
         spans = (self.canvas.rows, self.canvas.columns)
         (rows, row), (columns, column) = (
-            torch.unique(span.present(block), dim=0, return_inverse=True)
+            torch.unique(span.inside_mask(block), dim=0, return_inverse=True)
             for span, block in zip(spans, self.block, strict=True)
         )
         present = (rows[:, None, None, :, None] & columns[None, :, None, None, :]).expand(-1, -1, 3, -1, -1)
@@ -135,7 +134,7 @@ class LinearDecoder(Decoder):
         """Arrange blocks `(B, 3 bh bw, h, w)` as images `(B, 3, h bh, w bw)`."""
         return pixel_shuffle(blocks, self.block)
 
-    def blocks_of(self, images: Tensor) -> Tensor:
+    def extract_blocks(self, images: Tensor) -> Tensor:
         """Return the pixels of each location of images `(B, 3, H, W)`, as rows `(B, h w, 3 bh bw)`."""
         h, w = self.spec.height, self.spec.width
         images = resize(self.canvas.cut(images), (h * self.block[0], w * self.block[1]))
@@ -144,7 +143,7 @@ class LinearDecoder(Decoder):
 
     def begin_fit(self, images: int, seed: int, ranks: ProcessGroup = SINGLE_PROCESS) -> int:
         self._ranks = ranks
-        views, self._quota = self._sampling(images)
+        views, self._locations_per_view = self._sampling(images)
         self._generator = torch.Generator().manual_seed(seed)
         self._sums = {}
         return views
@@ -168,7 +167,7 @@ class LinearDecoder(Decoder):
         steps = torch.arange(self.kernel, device=maps.device)
         offsets = (steps[:, None] * stride + steps).flatten()
         inputs = rows[corner[:, None] + offsets].flatten(1)
-        targets = self.blocks_of(images.float())[image, location]
+        targets = self.extract_blocks(images.float())[image, location]
         if validation not in self._sums:
             shift, scale = self._sums[False][0].frame if validation else self._frame(inputs)
             self._sums[validation] = [_NormalEquations(shift, scale, self.outputs) for _ in self._present]
@@ -177,11 +176,14 @@ class LinearDecoder(Decoder):
             return
         kinds = self._kinds[location.cpu()].to(location.device)
         for kind, (sums, present) in enumerate(zip(self._sums[validation], self._present, strict=True)):
-            own = kinds == kind
-            sums.add(inputs[own], targets[own] * present.to(targets))
+            rows = kinds == kind
+            sums.add(inputs[rows], targets[rows] * present.to(targets))
 
     def _frame(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a shift and a scale that keep the sums well conditioned; the penalty is measured in them."""
+        """Return the mean and the standard deviation of each input.
+
+        Inputs are standardised by them, which conditions the sums; the penalty applies to standardised inputs.
+        """
         count, mean, variance = self._ranks.moments(inputs)
         variance = variance * count / (count - 1).clamp(min=1)
         overall = (variance + (mean - mean.mean()).square()).mean().sqrt()
@@ -189,14 +191,14 @@ class LinearDecoder(Decoder):
 
     def _locations(self, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
         n = len(self._inside)
-        if self._quota >= n:
+        if self._locations_per_view >= n:
             location = self._inside.repeat(images)
         else:
             # Drawn for the whole batch, so that an image's locations do not depend on the number of ranks.
             before, total = self._ranks.place(images)
             draws = torch.rand(total, n, generator=self._generator)[before : before + images]
-            location = self._inside[draws.topk(self._quota).indices.flatten()]
-        image = torch.arange(images).repeat_interleave(min(self._quota, n))
+            location = self._inside[draws.topk(self._locations_per_view).indices.flatten()]
+        image = torch.arange(images).repeat_interleave(min(self._locations_per_view, n))
         return image.to(device), location.to(device)
 
     @torch.no_grad()
@@ -204,8 +206,8 @@ class LinearDecoder(Decoder):
         for kinds in self._sums.values():
             for sums in kinds:
                 self._ranks.sum(sums.tensors)
-        train = [sums.whole() for sums in self._sums[False]]
-        judge = [sums.whole() for sums in self._sums[True]] if True in self._sums else train
+        train = [sums.symmetrise() for sums in self._sums[False]]
+        judge = [sums.symmetrise() for sums in self._sums[True]] if True in self._sums else train
         rows = sum(float(sums.rows) for sums in train)
         ridge = None
         for outputs, kinds in self._groups():
@@ -221,8 +223,8 @@ class LinearDecoder(Decoder):
             self.weight[outputs] = weight.to(self.weight)
             self.bias[outputs] = (solution[-1] - weight @ fitted.shift).to(self.bias)
         notes = [f"ridge {ridge:g}, chosen on the validation images"]
-        if self._quota < len(self._inside):
-            share = self._quota / len(self._inside)
+        if self._locations_per_view < len(self._inside):
+            share = self._locations_per_view / len(self._inside)
             notes.append(f"fitted on {int(rows):,} locations, a random {share:.0%} of each training image's")
         self._sums = {}
         return notes
@@ -239,7 +241,7 @@ class LinearDecoder(Decoder):
         return sorted((g for g in groups if g[1]), key=lambda g: -len(g[1]))
 
     def _ridge(self, train: _NormalEquations, judge: _NormalEquations) -> float:
-        # A ridge is judged on every n-th output, which is as good as all outputs and much less work.
+        # The error on every n-th output is as good a measure as that on all outputs, and much less work.
         some = slice(None, None, max(1, train.xy.shape[1] // RIDGE_OUTPUTS))
         errors: dict[float, float] = {}
 
@@ -310,7 +312,7 @@ class _NormalEquations:
         self.yy += targets.square().sum(0)
         self.rows += len(x)
 
-    def whole(self) -> _NormalEquations:
+    def symmetrise(self) -> _NormalEquations:
         """Fill in the lower half of `X'X` and return the sums; call it once, after the last batch."""
         self.xx = self.xx.triu() + self.xx.triu(1).T
         return self

@@ -43,7 +43,7 @@ and 16x16 it is not (docs/LOG.md).
 """
 
 EMA_EXPONENT = 8
-"""Exponent of the weight average: after n steps, step i has a weight of about (i / n) ** RECENCY."""
+"""Exponent of the weight average: after n steps, step i has a weight of about (i / n) ** EMA_EXPONENT."""
 
 PIXEL_SCALE = 4
 """Factor that brings pixels in [0, 1] to about the scale of standardised features."""
@@ -80,10 +80,10 @@ class ResidualDecoder(Decoder):
 
     closed_form = True
     # `GAIN` makes the gradients small: a weight decay of 1e-5, which is added to them, would dominate.
-    decays = False
+    uses_weight_decay = False
     size_option = "width"
     # On deep layers the linear part alone exceeds most requested sizes if it reads 3x3 neighbourhoods.
-    smaller: ClassVar = {"kernel": 1}
+    fallback_options: ClassVar = {"kernel": 1}
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The published study's decoder, transformer blocks and then transposed convolutions, and the latter alone."""
+"""The published study's decoder (transformer blocks, then transposed convolutions), and its second half alone."""
 
 from __future__ import annotations
 

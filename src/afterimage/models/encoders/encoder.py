@@ -70,8 +70,8 @@ class Encoder(nn.Module):
         sources: `model:layer` for each layer as given, with the tag pinned
         specs: measured shape of each layer's features
         weights: origin of the weights
-        remarks: remarks on how images reach the network, and how its features vary
-        notes: remarks, also on the weights, for the notes of a run
+        input_notes: notes on how images reach the network, and how its features vary
+        notes: `input_notes` and notes on the weights, for a run's result
 
     Raises:
         AfterimageError: the model or a layer is unknown, a layer is neither feature map nor vector, the model
@@ -103,8 +103,8 @@ class Encoder(nn.Module):
         self.sources = tuple(f"{self.model_name}:{layer}" for layer in layers)
         pairs = zip(self.sources, self._layers, strict=True)
         self._maps = [layer.feature_map(source, self.image_size) for source, layer in pairs]
-        self.specs = tuple(found.spec for found in self._maps)
-        used = traced.used(self._layers)
+        self.specs = tuple(entry.spec for entry in self._maps)
+        used = traced.tensors_read_by(self._layers)
         if str(weights) in RANDOM_WEIGHTS:
             found, note = Weights(self.model_name, str(weights), f"seed {seed}"), ""
             self.model = traced.create_random(seed, str(weights))
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
             found = self.network.find_weights(weights)
             self.model, note = self.network.load(self.image_size, found, used)
         self.weights = replace(found, note=note, code=self.network.code)
-        if not self.network.is_own:
+        if not self.network.is_custom:
             _drop(self.model, {name for names in used for name in names})
         if self.network.channels_last:
             for parameter in self.model.parameters():
@@ -128,10 +128,10 @@ class Encoder(nn.Module):
             roll = reorder(self.model, layer.module)
             hook = functools.partial(self._store, index, roll, index == deepest)
             self.model.get_submodule(layer.module).register_forward_hook(hook)
-        self.remarks = self.network.remarks
-        if self.network.is_own:
-            self.remarks += tuple(self._try())
-        self.notes = (*weight_notes([self.weights.used]), *self.remarks)
+        self.input_notes = self.network.input_notes
+        if self.network.is_custom:
+            self.input_notes += tuple(self._try())
+        self.notes = (*weight_notes([self.weights.record]), *self.input_notes)
 
     @contextlib.contextmanager
     def gradients(self) -> Iterator[None]:
@@ -179,7 +179,7 @@ class Encoder(nn.Module):
         for spec, feature in zip(self.specs, features, strict=True):
             if feature is None:
                 raise RuntimeError(f"{spec.source} did not run")
-            if self.network.is_own:
+            if self.network.is_custom:
                 expected = (len(images), *spec.shape)
                 if tuple(feature.shape) != expected:
                     raise AfterimageError(
@@ -196,7 +196,9 @@ class Encoder(nn.Module):
         try:
             feature = self._layers[index].layout(output if roll is None else roll(output))
         except (KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
-            raise AfterimageError(f"the network returned something else than before: {error}") from error
+            raise AfterimageError(
+                f"the network returned an output of another structure than when it was traced: {error}"
+            ) from error
         if last:
             self._features[index] = feature
             raise _StopForward
@@ -204,7 +206,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def _try(self) -> list[str]:
-        """Run a user's network on two images, and note if its features vary between passes or batches."""
+        """Run a user's network on two images; return a note if its features vary between passes or batches."""
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(2, 3, *self.image_size, generator=generator)
         once, again, alone = self(images), self(images), self(images[:1])
@@ -224,5 +226,5 @@ def _drop(model: nn.Module, used: set[str]) -> None:
     for key in model.state_dict().keys() - used:
         owner, _, name = key.rpartition(".")
         module = model.get_submodule(owner)
-        kept = module._parameters if name in module._parameters else module._buffers
-        kept[name] = None
+        registry = module._parameters if name in module._parameters else module._buffers
+        registry[name] = None

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from afterimage.models.encoders.follow import PositionTracer, storage
+from afterimage.models.encoders.position_tracing import PositionTracer, storage
 from afterimage.models.encoders.positions import Positions
 from afterimage.models.encoders.tensor_layout import Key, NotAFeatureMap, Shapes, reorder, tensors
 
@@ -39,20 +39,20 @@ class ModuleCall:
 
     Attributes:
         order: number of modules that finished before this one
-        clock: number of operations until then
+        operation_index: number of operations that had run by then
         macs: multiply-adds until then
         shapes: shapes of the returned tensors that depend on the images
         runs: number of calls of this module so far
-        refused: reason why the output cannot be used; empty if it can
-        positions: positions in the image of the returned tensors, if they were followed
+        rejection_reason: reason why the output cannot be used; empty if it can
+        positions: positions in the image of the returned tensors, if they were traced
     """
 
     order: int
-    clock: int
+    operation_index: int
     macs: int
     shapes: Shapes
     runs: int
-    refused: str
+    rejection_reason: str
     positions: dict[Key, Positions | None]
 
 
@@ -65,7 +65,7 @@ class ForwardTrace(TorchDispatchMode):
     Args:
         model: the model
         images: `(B, 3, H, W)`
-        follow: whether to follow the positions of values in the image
+        follow: whether to trace the positions of values in the image
 
     Attributes:
         events: the last call of each module, by module path, which is empty for the model itself
@@ -89,7 +89,7 @@ class ForwardTrace(TorchDispatchMode):
         self._names: dict[int, list[str]] = defaultdict(list)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._names[storage(parameter)].append(name)
-        self._clock = self._flops = self._finished = 0
+        self._operation_index = self._flops = self._finished = 0
         # Weak references keep the memory of a tensor that is gone from passing for a new one's.
         self._seen = {storage(images): StorageWeakRef(images.untyped_storage())}
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -112,10 +112,10 @@ class ForwardTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self._clock += 1
+        self._operation_index += 1
         read = {storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for key in read:
-            self.first_read.setdefault(key, self._clock)
+            self.first_read.setdefault(key, self._operation_index)
         packet, on_features = func._overloadpacket, not self._seen.keys().isdisjoint(read)
         for index, argument in enumerate(args):
             if isinstance(argument, Tensor) and (names := self._names.get(storage(argument))):
@@ -130,7 +130,7 @@ class ForwardTrace(TorchDispatchMode):
             elif isinstance(leaf, Tensor):
                 self._seen.pop(storage(leaf), None)
         if self.flow is not None:
-            self.flow.step(func, args, kwargs, result)
+            self.flow.trace_operation(func, args, kwargs, result)
         if packet in flop_registry:
             self._flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif packet is torch.ops.aten.mkldnn_rnn_layer:
@@ -140,22 +140,25 @@ class ForwardTrace(TorchDispatchMode):
         return result
 
     def _finish(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        refused = ""
+        rejection_reason = ""
         try:
             roll = reorder(self.model, path)
             output = roll(output) if roll else output
         except NotAFeatureMap as reason:
-            refused = str(reason)
+            rejection_reason = str(reason)
         found = [(key, tensor) for key, tensor in tensors(output) if storage(tensor) in self._seen]
-        if not found and not refused:
-            refused = f"it returns a {type(output).__name__}, in which torch finds nothing that depends on the image"
+        if not found and not rejection_reason:
+            kind = type(output).__name__
+            rejection_reason = f"it returns a {kind}, in which torch finds nothing that depends on the image"
         self.events[path] = ModuleCall(
             order=self._finished,
-            clock=self._clock,
+            operation_index=self._operation_index,
             macs=self._flops // 2,
             shapes=[(key, tuple(tensor.shape)) for key, tensor in found],
             runs=self.events[path].runs + 1 if path in self.events else 1,
-            refused=refused,
-            positions={key: self.flow.of(tensor) for key, tensor in found} if self.flow is not None else {},
+            rejection_reason=rejection_reason,
+            positions={key: self.flow.positions_of(tensor) for key, tensor in found}
+            if self.flow is not None
+            else {},
         )
         self._finished += 1

@@ -1,4 +1,4 @@
-"""Layers of a network: what is measured of each, where its locations lie, which are listed and have a role."""
+"""Layers of a network: their measured properties, the positions of their locations, and the choice of those to list."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TracedLayer:
         module: path of the module; empty for the whole network
         layout: conversion of its output into a feature map
         order: number of modules that finish before it
-        clock: number of operations until it finishes
+        operation_index: number of operations that the network ran until it finished
         parameters: number of parameters of the network up to there
         macs: multiply-adds of the network up to there, for one image
         is_vector: whether the output is one vector for the whole image
@@ -51,7 +51,7 @@ class TracedLayer:
     module: str
     layout: Layout
     order: int
-    clock: int
+    operation_index: int
     parameters: int
     macs: int
     is_vector: bool
@@ -94,14 +94,22 @@ def find_placement(
             unknown, empty if neither applies
     """
     try:
-        if positions is None or not positions.parts or all(part[2].isinf().all() for part in positions.parts):
-            doubts = sorted(positions.doubts) if positions is not None else []
+        if (
+            positions is None
+            or not positions.centres
+            or all(mixed.isinf().all() for _, _, mixed in positions.centres)
+        ):
+            operations = sorted(positions.unknown_operations) if positions is not None else []
             raise NotAFeatureMap(
-                f"what {', '.join(doubts)} does to places is not known" if doubts else "it has no place"
+                f"the effect of {', '.join(operations)} on positions is not known"
+                if operations
+                else "its values have no position in the image"
             )
         centres = _over_channels(positions, layout)
-        reach = [[_map(array, positions, layout).amin() for array in arrays] for arrays in positions.reach]
-        top, left, bottom, right = (int(min(values).item()) for values in zip(*reach, strict=True))
+        boxes = [
+            [_map(array, positions, layout).amin() for array in box] for box in positions.receptive_field
+        ]
+        top, left, bottom, right = (int(min(values).item()) for values in zip(*boxes, strict=True))
         rows = _axis(centres[0], layout.height, size[0], top, -bottom)
         columns = _axis(centres[1].T, layout.width, size[1], left, -right)
     except NotAFeatureMap as reason:
@@ -122,21 +130,21 @@ def _over_channels(positions: Positions, layout: Layout) -> tuple[Tensor, Tensor
     If a location has several centres, the least mixed ones are used.
 
     Raises:
-        Refused: the centres of a location lie far apart
+        NotAFeatureMap: the centres of a location lie far apart
     """
-    parts = [
-        average_centres(tuple(_map(array, positions, layout) for array in part), 1)
-        for part in positions.parts
+    candidates = [
+        average_centres(tuple(_map(array, positions, layout) for array in centre), 1)
+        for centre in positions.centres
     ]
-    least = min(part[2].min().item() for part in parts)
-    parts = [part for part in parts if part[2].min().item() == least]
+    least = min(centre[2].min().item() for centre in candidates)
+    candidates = [centre for centre in candidates if centre[2].min().item() == least]
     cells = (layout.height, layout.width)
     centres = []
     for axis in range(2):
-        several = torch.stack([part[axis][0, 0].expand(cells) for part in parts])
+        several = torch.stack([centre[axis][0, 0].expand(cells) for centre in candidates])
         spread, steps = several.amax(0) - several.amin(0), several[0].diff(dim=axis)
-        if len(parts) > 1 and (spread > steps.median() if steps.numel() else spread > 0).any():
-            raise NotAFeatureMap("each of its locations brings several places together")
+        if len(candidates) > 1 and (spread > steps.median() if steps.numel() else spread > 0).any():
+            raise NotAFeatureMap("each of its locations combines several distant positions")
         centres.append(compress(several.mean(0)))
     return centres[0], centres[1]
 
@@ -145,7 +153,7 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
     """Fit an axis to the centres `(count, others)` of its locations, which see the pixels `first` to `last`.
 
     Raises:
-        Refused: the centres are not on a line
+        NotAFeatureMap: the centres are not on a line
     """
     sees_all = (first, last) == (0, size)
     if count == 1:
@@ -155,7 +163,7 @@ def _axis(centres: Tensor, count: int, size: int, first: int, last: int) -> Axis
     line = centres.expand(count, -1)[:, centres.shape[1] // 2]
     steps = line.diff()
     if line[0] == line[-1]:
-        raise NotAFeatureMap("each of its locations is made of the whole image alike")
+        raise NotAFeatureMap("all of its locations depend on the whole image equally")
     if (steps < 0).any():
         raise NotAFeatureMap("its rows or columns are not in the image's order")
     index = torch.arange(count, dtype=torch.float64, device="cpu")
@@ -216,7 +224,7 @@ def layers_by_role(
         model: the network
         layers: modules whose output is a map, by path
         vectors: modules whose output is a vector, by path
-        pooler: what the network itself returns as its pooled vector; None if it does not
+        pooler: the pooled vector that the network itself returns; None if it returns none
 
     The final norm lies outside the blocks, whose paths contain a number, and runs after them. The class token
     is the first of the tokens outside the map, in a network with a parameter for it. The classifier is the

@@ -1,12 +1,12 @@
 """Positions in the image of each element of a tensor, and rules to combine several positions.
 
-Every tensor that depends on the image is accompanied by the centre, for each element, of the pixels that it
-is computed from; `follow` carries these centres through a network's operations. Weights take no part, so the
-result is exact and the same for every seed.
+For every element of a tensor that depends on the image, the centre of its receptive field is tracked:
+`position_tracing` carries these centres through a network's operations. The values of weights do not matter, so
+the result is exact and the same for every seed.
 
-Attention and global pools reach over the whole image and have no position of their own; an element keeps the
-position that it had before them. Of several centres, one that differs between elements is preferred, then the
-one that was mixed with its neighbours less often.
+Attention and global pools see the whole image and have no position of their own; an element keeps the position
+that it had before them. An element with several candidate centres takes one that varies between elements; among
+those, the one that was averaged with its neighbours least often.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ Arrays = tuple[Tensor, ...]
 GRAIN = 2.0**16
 """Steps per pixel to which centres are rounded, so that rounding errors never make equal centres differ."""
 GLOBAL_MIX_COUNT = 2.0**20
-"""Count added to `mixed` for mixing along a whole axis (a window adds 1); above any number of windows."""
+"""Amount that attention or a global pool adds to `mixed`, the number of times that a centre was averaged; a window
+adds 1. It exceeds any number of windows.
+"""
 PADDING_MIX_COUNT = 2.0**40
-"""Count added to `mixed` for elements in padding, which have a position but depend on no pixel yet."""
-MOST_PARTS = 4
-"""Number of alternative centres of one kind that are kept; beyond it, two are averaged."""
-EMPTY_VALUES = {"parts": (0.0, 0.0, math.inf), "reach": (math.inf,) * 4}
-"""Values for elements without a centre (`parts`) or that depend on no pixel (`reach`)."""
+"""Amount that padding adds to `mixed` of its elements, which have a position but depend on no pixel yet."""
+MAX_CENTRES = 4
+"""Largest number of candidate centres that vary along the same axes; beyond it, two are averaged."""
+EMPTY_VALUES = {"centres": (0.0, 0.0, math.inf), "receptive_field": (math.inf,) * 4}
+"""Values for elements without a centre, and for elements that depend on no pixel."""
 
 
 @dataclass(frozen=True)
@@ -39,27 +41,27 @@ class Positions:
 
     Attributes:
         shape: shape of the tensor
-        parts: alternatives `(y, x, mixed)`: the centre in pixels, and the number of times that it was mixed
-            with its neighbours, which is infinite for elements without a centre
-        reach: `(top, left, -bottom, -right)` in pixels of the region that an element depends on, infinite if
-            there is none; several reaches count together
-        doubts: operations that could not be followed
+        centres: candidate centres `(y, x, mixed)`: the position in pixels, and the number of times that it was
+            averaged with its neighbours, which is infinite for elements without a centre
+        receptive_field: boxes `(top, left, -bottom, -right)` in pixels that an element depends on, infinite if
+            there is none; several boxes count together
+        unknown_operations: operations whose effect on positions is unknown
     """
 
     shape: Shape
-    parts: tuple[Arrays, ...]
-    reach: tuple[Arrays, ...]
-    doubts: frozenset[str] = frozenset()
+    centres: tuple[Arrays, ...]
+    receptive_field: tuple[Arrays, ...]
+    unknown_operations: frozenset[str] = frozenset()
 
     def map(self, shape: Sequence[int], change: Callable[[Tensor], Tensor]) -> Positions:
         """Apply a change to every array; the result describes a tensor of `shape`."""
-        parts, reach = (
+        centres, receptive_field = (
             tuple(tuple(change(array) for array in arrays) for arrays in group)
-            for group in (self.parts, self.reach)
+            for group in (self.centres, self.receptive_field)
         )
-        return Positions(tuple(shape), parts, reach, self.doubts)
+        return Positions(tuple(shape), centres, receptive_field, self.unknown_operations)
 
-    def like(self, shape: Sequence[int]) -> Positions:
+    def with_shape(self, shape: Sequence[int]) -> Positions:
         """Return these positions for a tensor with other lengths along axes on which they are constant."""
         return replace(self, shape=tuple(shape))
 
@@ -78,22 +80,24 @@ def no_positions(shape: Sequence[int]) -> Positions:
 
 
 def unknown_positions(sources: Sequence[Positions], shape: Sequence[int], operation: str) -> Positions:
-    """Return the positions of the result of an operation that could not be followed.
+    """Return the positions of the result of an operation whose effect is unknown.
 
     The result has no centres and depends on everything that its sources depend on.
     """
-    doubts = frozenset({operation}).union(*(source.doubts for source in sources))
+    operations = frozenset({operation}).union(*(source.unknown_operations for source in sources))
     return Positions(
         tuple(shape),
         (),
-        merge_receptive_fields([merge_elements(r, shape) for s in sources for r in s.reach]),
-        doubts,
+        merge_receptive_fields(
+            [merge_elements(box, shape) for source in sources for box in source.receptive_field]
+        ),
+        operations,
     )
 
 
-def merge_elements(reach: Arrays, shape: Sequence[int]) -> Arrays:
-    """Return one reach for all elements of a tensor of `shape`, from the reach of each element of another."""
-    return tuple(array.amin().reshape((1,) * len(shape)) for array in reach)
+def merge_elements(box: Arrays, shape: Sequence[int]) -> Arrays:
+    """Return one box for all elements of a tensor of `shape`, which covers the boxes of all elements of another."""
+    return tuple(array.amin().reshape((1,) * len(shape)) for array in box)
 
 
 def rounded(array: Tensor) -> Tensor:
@@ -111,13 +115,13 @@ def compress(array: Tensor) -> Tensor:
     return array
 
 
-def collapse(reach: Sequence[Arrays], dims: Sequence[int]) -> list[Arrays]:
-    """Return the reaches of elements that depend on everything along some axes."""
+def collapse(boxes: Sequence[Arrays], dims: Sequence[int]) -> list[Arrays]:
+    """Return the boxes of elements that depend on all elements along some axes."""
     for dim in dims:
-        reach = [
-            tuple(a.amin(dim, keepdim=True) if a.shape[dim] > 1 else a for a in arrays) for arrays in reach
+        boxes = [
+            tuple(a.amin(dim, keepdim=True) if a.shape[dim] > 1 else a for a in arrays) for arrays in boxes
         ]
-    return list(reach)
+    return list(boxes)
 
 
 def reshape(array: Tensor, old: Shape, new: Shape) -> Tensor:
@@ -146,32 +150,32 @@ def _groups(old: Shape, new: Shape) -> list[tuple[range, range]]:
     return groups
 
 
-def average_centres(part: Arrays, dim: int, step: float = 1.0) -> Arrays:
+def average_centres(centres: Arrays, dim: int, step: float = 1.0) -> Arrays:
     """Average centres along an axis.
 
     Args:
-        part: the centres `(y, x, mixed)`; only the least mixed ones are averaged
+        centres: `(y, x, mixed)`; only those with the smallest `mixed` are averaged
         dim: the axis
         step: amount added to `mixed` if the centres differ
     """
-    y, x, mixed = part
-    if all(array.shape[dim] == 1 for array in part):
-        return part
+    y, x, mixed = centres
+    if all(array.shape[dim] == 1 for array in centres):
+        return centres
     least = mixed.amin(dim, keepdim=True)
     counted, differs = mixed == least, mixed.isinf().any(dim, keepdim=True)
-    centres = []
+    averaged = []
     for array in (y, x):
         if array.shape[dim] == 1 and mixed.shape[dim] == 1:
-            centres.append(array)
+            averaged.append(array)
             continue
         wide, mask = torch.broadcast_tensors(array, counted)
         # Average the differences from the smallest centre, so that the mean of equal centres is exactly that
         # centre.
         base = torch.where(mask, wide, math.inf).amin(dim, keepdim=True)
         offset = torch.where(mask, wide - base, 0.0)
-        centres.append(rounded(base + offset.sum(dim, keepdim=True) / mask.sum(dim, keepdim=True)))
+        averaged.append(rounded(base + offset.sum(dim, keepdim=True) / mask.sum(dim, keepdim=True)))
         differs = differs | (offset != 0).any(dim, keepdim=True)
-    return (*map(compress, centres), compress(least + step * differs))
+    return (*map(compress, averaged), compress(least + step * differs))
 
 
 def reduce_positions(
@@ -185,20 +189,22 @@ def reduce_positions(
         keepdim: whether these axes stay, with size 1
         step: see `average_centres`
     """
-    parts = list(source.parts)
+    centres = list(source.centres)
     for dim in dims:
-        parts = [average_centres(part, dim, step) for part in parts]
+        centres = [average_centres(candidate, dim, step) for candidate in centres]
     shape = [1 if dim in dims else size for dim, size in enumerate(source.shape)]
-    found = Positions(
+    reduced = Positions(
         tuple(shape),
-        select_centres(parts),
-        merge_receptive_fields(collapse(source.reach, dims)),
-        source.doubts,
+        select_centres(centres),
+        merge_receptive_fields(collapse(source.receptive_field, dims)),
+        source.unknown_operations,
     )
     if keepdim:
-        return found
-    kept = [dim for dim in range(len(shape)) if dim not in dims]
-    return found.map([shape[dim] for dim in kept], lambda t: t.reshape([t.shape[dim] for dim in kept]))
+        return reduced
+    remaining = [dim for dim in range(len(shape)) if dim not in dims]
+    return reduced.map(
+        [shape[dim] for dim in remaining], lambda t: t.reshape([t.shape[dim] for dim in remaining])
+    )
 
 
 def broadcast_positions(operands: Sequence[Positions], shape: Sequence[int]) -> Positions:
@@ -211,27 +217,27 @@ def broadcast_positions(operands: Sequence[Positions], shape: Sequence[int]) -> 
         return lifted[0]
     return Positions(
         tuple(shape),
-        select_centres([arrays for operand in lifted for arrays in operand.parts]),
-        merge_receptive_fields([arrays for operand in lifted for arrays in operand.reach]),
-        frozenset().union(*(operand.doubts for operand in lifted)),
+        select_centres([arrays for operand in lifted for arrays in operand.centres]),
+        merge_receptive_fields([arrays for operand in lifted for arrays in operand.receptive_field]),
+        frozenset().union(*(operand.unknown_operations for operand in lifted)),
     )
 
 
-def concatenate_positions(found: Sequence[Positions], dim: int) -> Positions:
+def concatenate_positions(pieces: Sequence[Positions], dim: int) -> Positions:
     """Return the positions of tensors that are concatenated along an axis."""
 
     def join(arrays: Sequence[Tensor], blank: float) -> Tensor:
         common = torch.broadcast_shapes(*((*a.shape[:dim], 1, *a.shape[dim + 1 :]) for a in arrays))
-        lengths = [positions.shape[dim] for positions in found]
+        lengths = [piece.shape[dim] for piece in pieces]
         wide = [
             array.expand([*common[:dim], length, *common[dim + 1 :]])
             for array, length in zip(arrays, lengths, strict=True)
         ]
         return torch.cat(wide, dim)
 
-    first = found[0].shape
-    length = sum(positions.shape[dim] for positions in found)
-    return _combined(found, (*first[:dim], length, *first[dim + 1 :]), join)
+    first = pieces[0].shape
+    length = sum(piece.shape[dim] for piece in pieces)
+    return _combined(pieces, (*first[:dim], length, *first[dim + 1 :]), join)
 
 
 def view_positions(sources: Sequence[tuple[tuple, Positions]], view: Tensor) -> Positions:
@@ -245,8 +251,8 @@ def view_positions(sources: Sequence[tuple[tuple, Positions]], view: Tensor) -> 
 
     def read(arrays: Sequence[Tensor], blank: float) -> Tensor:
         memory = torch.full((size,), blank, dtype=torch.float64, device="cpu")
-        for (place, _), array in zip(sources, arrays, strict=True):
-            memory.as_strided(*place).copy_(array.expand(place[0]))
+        for (strides, _), array in zip(sources, arrays, strict=True):
+            memory.as_strided(*strides).copy_(array.expand(strides[0]))
         return memory.as_strided(view.shape, view.stride(), view.storage_offset()).contiguous()
 
     return _combined([positions for _, positions in sources], tuple(view.shape), read)
@@ -255,43 +261,43 @@ def view_positions(sources: Sequence[tuple[tuple, Positions]], view: Tensor) -> 
 def _combined(
     sources: Sequence[Positions], shape: Shape, combine: Callable[[Sequence[Tensor], float], Tensor]
 ) -> Positions:
-    """Combine positions array by array; where a source has no array, a blank one takes its place."""
+    """Combine positions array by array; an array that a source lacks is replaced by `EMPTY_VALUES`."""
 
     def arrays(name: str, number: int) -> Arrays:
         result = []
         for index, blank in enumerate(EMPTY_VALUES[name]):
-            own = []
+            inputs = []
             for positions in sources:
                 group = getattr(positions, name)
                 empty = torch.full((1,) * len(positions.shape), blank, dtype=torch.float64, device="cpu")
-                own.append(group[number][index] if number < len(group) else empty)
-            result.append(compress(combine(own, blank)))
+                inputs.append(group[number][index] if number < len(group) else empty)
+            result.append(compress(combine(inputs, blank)))
         return tuple(result)
 
-    parts, reach = (
+    centres, receptive_field = (
         [arrays(name, number) for number in range(max(len(getattr(source, name)) for source in sources))]
         for name in EMPTY_VALUES
     )
-    doubts = frozenset().union(*(source.doubts for source in sources))
-    return Positions(shape, select_centres(parts), merge_receptive_fields(reach), doubts)
+    operations = frozenset().union(*(source.unknown_operations for source in sources))
+    return Positions(shape, select_centres(centres), merge_receptive_fields(receptive_field), operations)
 
 
-def merge_receptive_fields(reach: Sequence[Arrays]) -> tuple[Arrays, ...]:
-    """Combine reaches that count together: one for each set of axes along which they vary."""
-    found: dict[frozenset[int], Arrays] = {}
-    for arrays in reach:
-        key = _pattern(arrays)
-        if key in found and found[key] is not arrays:
-            arrays = tuple(torch.minimum(a, b) for a, b in zip(found[key], arrays, strict=True))
-        found[key] = arrays
-    return tuple(found.values())
+def merge_receptive_fields(boxes: Sequence[Arrays]) -> tuple[Arrays, ...]:
+    """Merge the boxes of a receptive field that vary along the same axes into one that covers them."""
+    merged: dict[frozenset[int], Arrays] = {}
+    for arrays in boxes:
+        key = _varying_axes(arrays)
+        if key in merged and merged[key] is not arrays:
+            arrays = tuple(torch.minimum(a, b) for a, b in zip(merged[key], arrays, strict=True))
+        merged[key] = arrays
+    return tuple(merged.values())
 
 
-def select_centres(parts: Sequence[Arrays]) -> tuple[Arrays, ...]:
-    """Reduce alternative centres to those that vary along most axes, and of equal ones to the less mixed."""
+def select_centres(centres: Sequence[Arrays]) -> tuple[Arrays, ...]:
+    """Reduce candidate centres to those that vary along most axes, and of equal ones to the less mixed."""
     found: dict[frozenset[int], list[Arrays]] = {}
-    for arrays in parts:
-        group = found.setdefault(_pattern(arrays), [])
+    for arrays in centres:
+        group = found.setdefault(_varying_axes(arrays), [])
         for index, other in enumerate(group):
             group[index], *left = _less_mixed(other, arrays)
             if not left:
@@ -299,23 +305,23 @@ def select_centres(parts: Sequence[Arrays]) -> tuple[Arrays, ...]:
             (arrays,) = left
         else:
             group.append(arrays)
-        if len(group) > MOST_PARTS:
+        if len(group) > MAX_CENTRES:
             last = group.pop()
-            group[-1] = (*_between(group[-1], last), torch.minimum(group[-1][2], last[2]))
+            group[-1] = (*_mean_centre(group[-1], last), torch.minimum(group[-1][2], last[2]))
     for key in sorted(found, key=len):
         wider = [other for other in found if key < other]
         for other in wider:
-            found[other] = [_filled(arrays, found[key][0]) for arrays in found[other]]
+            found[other] = [_fill_missing(arrays, found[key][0]) for arrays in found[other]]
         if wider:
             del found[key]
     return tuple(arrays for group in found.values() for arrays in group)
 
 
-def _pattern(arrays: Arrays) -> frozenset[int]:
+def _varying_axes(arrays: Arrays) -> frozenset[int]:
     return frozenset(dim for array in arrays for dim, size in enumerate(array.shape) if size > 1)
 
 
-def _between(first: Arrays, second: Arrays) -> list[Tensor]:
+def _mean_centre(first: Arrays, second: Arrays) -> list[Tensor]:
     return [compress(rounded((one + two) / 2)) for one, two in zip(first[:2], second[:2], strict=True)]
 
 
@@ -333,7 +339,9 @@ def _less_mixed(first: Arrays, second: Arrays) -> list[Arrays]:
         return [second]
     if torch.equal(a, b):
         return (
-            [(*_between(first, second), a)] if all(_are_close(*pair) for pair in pairs) else [first, second]
+            [(*_mean_centre(first, second), a)]
+            if all(_are_close(*pair) for pair in pairs)
+            else [first, second]
         )
     both = [
         tuple(compress(torch.where(condition, one, two)) for one, two in zip(first, second, strict=True))
@@ -348,7 +356,7 @@ def _are_close(one: Tensor, two: Tensor) -> bool:
     return (one - two).abs().max().item() <= max(steps, default=0.0) / 2
 
 
-def _filled(arrays: Arrays, other: Arrays) -> Arrays:
+def _fill_missing(arrays: Arrays, other: Arrays) -> Arrays:
     """Return centres in which elements without one take it from `other`."""
     empty = arrays[2].isinf()
     if not bool(empty.any()):

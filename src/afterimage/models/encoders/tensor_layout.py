@@ -67,8 +67,8 @@ class Layout:
         if self.axes == "NLC":
             output = output.transpose(1, 2)
         if self.axes in ("NLC", "NCL"):
-            places = output[:, :, self.prefix : output.shape[2] - self.suffix]
-            return places.unflatten(2, (self.height, self.width))
+            locations = output[:, :, self.prefix : output.shape[2] - self.suffix]
+            return locations.unflatten(2, (self.height, self.width))
         return output
 
 
@@ -83,7 +83,7 @@ def tensors(output: Any, key: Key = ()) -> list[tuple[Key, Tensor]]:
 
 
 def output_items(output: Any) -> dict[int | str, Any]:
-    """Return the items of an output by key, index or field name; empty if it has none."""
+    """Return the items of a module's output by key, index or field name; empty for a tensor or any other leaf."""
     if isinstance(output, Mapping):
         return dict(output)
     if isinstance(output, list | tuple):
@@ -109,7 +109,7 @@ def reorder(model: nn.Module, path: str) -> Callable[[Tensor], Tensor] | None:
         the function, or None if the tokens are in raster order
 
     Raises:
-        Refused: the order of this module's tokens is not known
+        NotAFeatureMap: the order of this module's tokens is not known
     """
     if not path or not hasattr(model, "reroll") or path.partition(".")[0] == "patch_embed":
         return None
@@ -154,7 +154,7 @@ def find_layout(
         positions: positions in the image of the first pass's tensors; they take precedence over shapes
 
     Raises:
-        Refused: no tensor, or more than one, is a feature map
+        NotAFeatureMap: no tensor, or more than one, is a feature map
     """
     later, positions = dict(second), positions or {}
     found: dict[Layout, None] = {}
@@ -163,12 +163,12 @@ def find_layout(
         try:
             if key not in later:
                 raise NotAFeatureMap("what it returns changes with the image's size")
-            seen = (
+            by_positions = (
                 _layout_from_positions(key, shape, positions.get(key))
                 if _is_batch(shape, later[key])
                 else None
             )
-            found[seen or _layout(key, shape, later[key], sizes, prefix, prefers_nhwc)] = None
+            found[by_positions or _layout(key, shape, later[key], sizes, prefix, prefers_nhwc)] = None
         except NotAFeatureMap as reason:
             reasons[f"{'x'.join(map(str, shape)) or 'a single number'}: {reason}"] = None
     if len(found) == 1:
@@ -222,28 +222,29 @@ def _layout_from_positions(key: Key, shape: Shape, positions: Positions | None) 
     """Find the layout of tokens from their positions in the image; None if positions do not decide it.
 
     Raises:
-        Refused: the tokens that have positions are not a grid in raster order
+        NotAFeatureMap: the tokens that have positions are not a grid in raster order
     """
-    if positions is None or len(shape) != 3 or not positions.parts:
+    if positions is None or len(shape) != 3 or not positions.centres:
         return None
-    parts = [tuple(array.expand(shape)[0] for array in part) for part in positions.parts]
+    centres = [tuple(array.expand(shape)[0] for array in centre) for centre in positions.centres]
     varies = {
         axis
-        for part in positions.parts
-        for array in part
+        for centre in positions.centres
+        for array in centre
         for axis, size in enumerate(array.shape)
         if size > 1
     }
     if len(varies) != 1:
         return None
     (axis,) = varies
-    y, x, mixed = (array.select(2 - axis, 0) for array in min(parts, key=lambda part: part[2].min().item()))
-    own = (
-        mixed < mixed.min() + GLOBAL_MIX_COUNT / 2
-    )  # other tokens, such as class tokens, are mixed over the whole image
+    y, x, mixed = (
+        array.select(2 - axis, 0) for array in min(centres, key=lambda centre: centre[2].min().item())
+    )
+    # Other tokens, such as class tokens, are averaged over the whole image.
+    in_map = mixed < mixed.min() + GLOBAL_MIX_COUNT / 2
     y, x = ((array * ROUND).round() for array in (y, x))
-    rows, columns = y[own].unique(), x[own].unique()
-    indices = own.nonzero().flatten()
+    rows, columns = y[in_map].unique(), x[in_map].unique()
+    indices = in_map.nonzero().flatten()
     first, count = int(indices[0]), len(indices)
     if (len(rows), len(columns)) == (1, 1) and count > 1:
         return None  # all tokens depend on the whole image in the same way
@@ -251,7 +252,7 @@ def _layout_from_positions(key: Key, shape: Shape, positions: Positions | None) 
     if (
         int(indices[-1]) != first + count - 1
         or grid is None
-        or not torch.equal(grid.reshape(-1, 2), torch.stack([y[own], x[own]], 1))
+        or not torch.equal(grid.reshape(-1, 2), torch.stack([y[in_map], x[in_map]], 1))
     ):
         raise NotAFeatureMap("its tokens are not in raster order")
     return Layout(
@@ -261,7 +262,7 @@ def _layout_from_positions(key: Key, shape: Shape, positions: Positions | None) 
         len(columns),
         prefix=first,
         key=key,
-        suffix=len(own) - first - count,
+        suffix=len(in_map) - first - count,
     )
 
 

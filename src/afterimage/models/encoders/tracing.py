@@ -40,8 +40,9 @@ class Trace:
         layers: the modules whose output is a feature map, by path
         vectors: the modules whose output is one vector, by path
         aliases: module paths by short name
-        named: layers that the network has by role, a key of `ROLES`
-        reads: saved tensors in the order in which they are first read: clock, names, number of parameters
+        layers_with_role: layers that the network has by role, a key of `ROLES`
+        reads: saved tensors in the order in which they are first read: index of the operation, names, number of
+            parameters
         failure: reason why the network stopped before its end; empty if it did not
 
     Raises:
@@ -74,28 +75,26 @@ class Trace:
                 found = self._find(path)
                 (self.vectors if found.is_vector else self.layers)[path] = found
         self._stages = select_listed_layers(model, self.layers, set(self.aliases.values()) - {""})
-        self.named: dict[str, TracedLayer] = {}
+        self.layers_with_role: dict[str, TracedLayer] = {}
         if not self.failure:
             pooler = None
             with contextlib.suppress(NotAFeatureMap):
                 pooler = self._find("", ("pooler_output",))
-            self.named = layers_by_role(model, self.layers, self.vectors, pooler)
+            self.layers_with_role = layers_by_role(model, self.layers, self.vectors, pooler)
 
     def _find(self, path: str, keys: Sequence[str] = ()) -> TracedLayer:
-        """Find what a module returns under some keys.
+        """Find the feature map or vector that a module returns under some keys.
 
         Raises:
-            Refused: it is neither a feature map nor a vector
+            NotAFeatureMap: it is neither a feature map nor a vector
         """
         if path not in self._events:
             raise NotAFeatureMap("it does not run as a module of its own")
         event = self._events[path]
-        if event.refused:
-            raise NotAFeatureMap(event.refused)
+        if event.rejection_reason:
+            raise NotAFeatureMap(event.rejection_reason)
         if event.runs > 1:
-            raise NotAFeatureMap(
-                f"it runs {event.runs} times in one pass, so that its output is not one thing"
-            )
+            raise NotAFeatureMap(f"it runs {event.runs} times in one pass, so that its output is ambiguous")
         if path not in self._later:
             raise NotAFeatureMap("it does not run on images of every size")
         shapes, later = (
@@ -112,15 +111,17 @@ class Trace:
             layout, is_vector = find_vector(shapes, later), True
             if layout is None:
                 raise NotAFeatureMap(f"{reason}{self._hint(path, shapes)}") from None
-        total = sum(count for clock, _, count in self.reads if clock <= event.clock)
-        return TracedLayer(path, layout, event.order, event.clock, total, event.macs, is_vector, positions)
+        total = sum(count for index, _, count in self.reads if index <= event.operation_index)
+        return TracedLayer(
+            path, layout, event.order, event.operation_index, total, event.macs, is_vector, positions
+        )
 
     def _hint(self, path: str, shapes: Shapes) -> str:
         hint = ""
         if len(shapes) > 1:
             listed = ", ".join(f"{_bracketed(key)} {'x'.join(map(str, shape))}" for key, shape in shapes)
             hint = f"; it returns {listed}: name one as {path or OUTPUT}[KEY]"
-        if self.network.is_own and self._prefix is None and any(len(shape) == 3 for _, shape in shapes):
+        if self.network.is_custom and self._prefix is None and any(len(shape) == 3 for _, shape in shapes):
             hint += "; the network's attribute prefix_tokens may say how many tokens come before the map's"
         return hint
 
@@ -138,20 +139,21 @@ class Trace:
             )
         path, keys = match[1], re.findall(r"\[([^\[\]]+)\]", match[2])
         path = path if path in self.modules else self.aliases.get(path, path)
-        if path in ROLES and path not in self.modules and path not in self.named:
+        if path in ROLES and path not in self.modules and path not in self.layers_with_role:
             if self.failure:
                 raise cannot_run(self.network, self.image_size, self.failure)
             raise AfterimageError(
-                f"{model} has no layer {path!r} ({ROLES[path]}). By role it has {', '.join(self.named) or 'none'}; "
+                f"{model} has no layer {path!r} ({ROLES[path]}). By role it has "
+                f"{', '.join(self.layers_with_role) or 'none'}; "
                 f"`afterimage layers {model} --all-modules` lists every module"
             )
-        if path not in self.modules and path not in self.named:
-            valid = dict.fromkeys([*self.names, *self.by_order, *self.named, OUTPUT])
+        if path not in self.modules and path not in self.layers_with_role:
+            valid = dict.fromkeys([*self.names, *self.by_order, *self.layers_with_role, OUTPUT])
             raise unknown_choice_error(
                 f"layer of {model}", name, valid, limit=min(40, max(12, len(self.names)))
             )
         try:
-            return self._find(path, keys) if path in self.modules else self.named[path]
+            return self._find(path, keys) if path in self.modules else self.layers_with_role[path]
         except NotAFeatureMap as reason:
             if path not in self._events and self.failure:
                 raise cannot_run(self.network, self.image_size, self.failure) from None
@@ -164,8 +166,8 @@ class Trace:
         """Describe a layer by its name, see `layer`."""
         return self.layer(name).feature_map(f"{self.network.name}:{name}", self.image_size)
 
-    def list_layers(self, *, every: bool = False) -> list[FeatureMap]:
-        """List the layers worth listing, or every module that returns a feature map, in order of execution.
+    def list_layers(self, *, all_modules: bool = False) -> list[FeatureMap]:
+        """List stages and blocks, or every module that returns a feature map, in order of execution.
 
         Raises:
             AfterimageError: there are none
@@ -173,15 +175,17 @@ class Trace:
         if not self.layers:
             reason = self.failure or "no module returns a feature map"
             raise cannot_run(self.network, self.image_size, reason)
-        return [self.describe(name) for name in (self.by_order if every else self.names or self.by_order)]
+        return [
+            self.describe(name) for name in (self.by_order if all_modules else self.names or self.by_order)
+        ]
 
     def list_named(self) -> list[FeatureMap]:
         """List the layers that the network has by role, except roles that are also module paths."""
-        return [self.describe(name) for name in self.named if name not in self.modules]
+        return [self.describe(name) for name in self.layers_with_role if name not in self.modules]
 
     @property
-    def early_end(self) -> str:
-        """Explanation of where and why the network stopped before its end, and which image size works.
+    def early_stop_note(self) -> str:
+        """Note on where and why the network stopped before its end, and which image size works.
 
         Empty if the network did not stop.
         """
@@ -208,10 +212,10 @@ class Trace:
         """Names of the layers worth listing, in order of execution."""
         return [name for name in self.by_order if self.aliases.get(name, name) in self._stages]
 
-    def used(self, layers: Sequence[TracedLayer]) -> list[tuple[str, ...]]:
+    def tensors_read_by(self, layers: Sequence[TracedLayer]) -> list[tuple[str, ...]]:
         """Return the saved tensors that the given layers read, each as a tuple of all its names."""
-        last = max(layer.clock for layer in layers)
-        return [names for clock, names, _ in self.reads if clock <= last]
+        last = max(layer.operation_index for layer in layers)
+        return [names for index, names, _ in self.reads if index <= last]
 
     def create_random(self, seed: int, kind: str = "random") -> nn.Module:
         """Build a random control.
@@ -277,7 +281,7 @@ def _images(network: Network, model: nn.Module, count: int, size: Size) -> torch
 def _trace_other_size(
     network: Network, model: nn.Module, size: Size, first: ForwardTrace
 ) -> tuple[ForwardTrace, Size]:
-    """Observe the model on two images that are wider, larger, or of the same size.
+    """Trace the model on two images that are wider, larger, or of the same size.
 
     The first of these sizes is used on which the model runs as far as it did on one image.
     """
@@ -295,34 +299,35 @@ def _trace_other_size(
     return second, other
 
 
-def _reads(model: nn.Module, seen: ForwardTrace) -> list[tuple[int, tuple[str, ...], int]]:
-    """List saved tensors in the order in which they are first read: clock, names, number of parameters."""
+def _reads(model: nn.Module, traced: ForwardTrace) -> list[tuple[int, tuple[str, ...], int]]:
+    """List saved tensors as `Trace.reads` does."""
     names: dict[int, list[str]] = {}
     counts: dict[int, int] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(storage(tensor), []).append(name)
         counts[storage(tensor)] = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
-    return sorted((seen.first_read[s], tuple(names[s]), counts[s]) for s in names if s in seen.first_read)
+    first_read = traced.first_read
+    return sorted((first_read[s], tuple(names[s]), counts[s]) for s in names if s in first_read)
 
 
 trace = functools.lru_cache(maxsize=32)(Trace)
-"""Function from a network and the size of its images to its `Trace`, which is kept."""
+"""Return the `Trace` of a network for images of a size; the last 32 are cached."""
 
 
 def list_layers(
-    model: str, image_size: int | Sequence[int] = 224, *, every: bool = False
+    model: str, image_size: int | Sequence[int] = 224, *, all_modules: bool = False
 ) -> list[FeatureMap]:
     """List the layers of a model that can be inverted, in order of execution. No weights are needed.
 
     Args:
         model: `[provider/]model`
         image_size: side of the images in pixels, or `(height, width)`
-        every: whether to list every module that returns a feature map, not only stages and blocks
+        all_modules: whether to list every module that returns a feature map, not only stages and blocks
 
     Raises:
         AfterimageError: the model is unknown or cannot run on images of that size
     """
-    return trace(open_network(model), size_pair(image_size)).list_layers(every=every)
+    return trace(open_network(model), size_pair(image_size)).list_layers(all_modules=all_modules)
 
 
 def layer_info(source: str, image_size: int | Sequence[int] = 224) -> FeatureMap:

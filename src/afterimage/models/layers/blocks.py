@@ -37,7 +37,7 @@ def clamp(images: Tensor) -> Tensor:
 
 
 def to_float64_device(tensor: Tensor) -> Tensor:
-    """Move a tensor to a device that has float64: from an Apple GPU, which lacks it, to the CPU."""
+    """Return the tensor on a device with float64: an Apple GPU (mps) lacks it, and its tensors go to the CPU."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
@@ -135,11 +135,8 @@ def adapt_batch_norms(module: nn.Module, ranks: ProcessGroup = SINGLE_PROCESS) -
     """
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if type(child) in (
-                nn.BatchNorm2d,
-                BatchNorm,
-                DistributedBatchNorm,
-            ):  # subclasses may do more than normalise
+            # Other subclasses may do more than normalise.
+            if type(child) in (nn.BatchNorm2d, BatchNorm, DistributedBatchNorm):
                 setattr(parent, name, (BatchNorm if ranks.count == 1 else DistributedBatchNorm)(child, ranks))
     return [child for child in module.modules() if isinstance(child, BatchNorm)]
 
@@ -204,10 +201,10 @@ class _Normalise(torch.autograd.Function):
         wide = (slice(None), None, None)
         gradient = gradient.float()
         standard = (maps.float() - mean[wide]) * scale[wide]
-        own = torch.stack([gradient.sum((0, 2, 3)), (gradient * standard).sum((0, 2, 3))])
-        total = own.double()
+        of_rank = torch.stack([gradient.sum((0, 2, 3)), (gradient * standard).sum((0, 2, 3))])
+        total = of_rank.double()
         ctx.ranks.sum([total])
         shift, slope = (total / count).float()
         back = (gradient - shift[wide] - standard * slope[wide]) * (weight * scale)[wide]
         # The trainer sums the parameters' gradients over ranks, like all others.
-        return back.to(maps.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), *[None] * 5
+        return back.to(maps.dtype), of_rank[1].to(weight.dtype), of_rank[0].to(weight.dtype), *[None] * 5

@@ -68,8 +68,8 @@ def at_native_size(data: DataConfig, sources: Sequence[str]) -> DataConfig:
     models = dict.fromkeys(split_source(source)[0] for source in sources)
     sizes = {model: size_text(open_network(model).native_size) for model in models}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{model} is for {size}" for model, size in sizes.items())
+        listed = ", ".join(f"{model} is for {size}" for model, size in sizes.items())
         raise AfterimageError(
-            f"the native sizes differ: {told}; give one size, such as {max(sizes.values())}"
+            f"the native sizes differ: {listed}; give one size, such as {max(sizes.values())}"
         )
     return data.sized(next(iter(sizes.values())))

@@ -81,12 +81,12 @@ class Network(abc.ABC):
         channels_last: whether it runs in channels-last memory order, which is faster
         blocks: paths at which its provider's networks have their blocks
         code: SHA-256 of the file with the code of a user's network; empty for others
-        is_own: whether it is a user's network: it brings its own weights and is first tried on images
+        is_custom: whether it is a user's network, which brings its own weights and is first tried on images
     """
 
     channels_last: ClassVar[bool] = False
     blocks: ClassVar[Sequence[str]] = ()
-    is_own: ClassVar[bool] = False
+    is_custom: ClassVar[bool] = False
     name: str
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -101,8 +101,8 @@ class Network(abc.ABC):
         return len(self.mean)
 
     @property
-    def remarks(self) -> tuple[str, ...]:
-        """Remarks for the run's notes on how images reach the network."""
+    def input_notes(self) -> tuple[str, ...]:
+        """Notes for the run's result on how images reach the network."""
         if self.channels == 3:
             return ()
         return (f"{self.name} takes one channel: images reach it as their luminance (ITU-R BT.601)",)
@@ -174,7 +174,7 @@ class Network(abc.ABC):
             used: the tensors that the file must hold, each as a tuple of all its names
 
         Returns:
-            the network, and a note on the place of the weights in the file (see `best_match`), empty if that
+            the network, and a note on the position of the weights in the file (see `best_match`), empty if that
                 is obvious
 
         Raises:
@@ -209,7 +209,7 @@ class Network(abc.ABC):
             hint = f"; most like {match.missing[0]} is {like}" if like else ""
             raise AfterimageError(
                 f"{file.file} lacks {join_names(match.missing)}, which the layers in use of {name} read; "
-                f"{file.holds()}{hint}"
+                f"{file.describe()}{hint}"
             )
         read = {key for names in used for key in names}
         known = {key: value for key, value in match.state.items() if key in own}

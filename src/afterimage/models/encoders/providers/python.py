@@ -34,7 +34,7 @@ class CustomNetwork(Network):
         prefix: its `prefix_tokens`
     """
 
-    is_own = True
+    is_custom = True
     module: nn.Module | None = None
     prefix: int | None = None
 
@@ -94,13 +94,13 @@ class CustomNetwork(Network):
         return cls(name, mean, std, size, module=module, prefix=prefix)
 
     @property
-    def remarks(self) -> tuple[str, ...]:
+    def input_notes(self) -> tuple[str, ...]:
         if {*self.mean} != {0.0} or {*self.std} != {1.0}:
-            return super().remarks
+            return super().input_notes
         as_is = (
             f"images reach {self.name} as they are, in [0, 1]: it has no mean and std in numbers, but 0 and 1"
         )
-        return (*super().remarks, as_is)
+        return (*super().input_notes, as_is)
 
     def create(self, image_size: Size, *, device: str = "cpu", **options: Any) -> nn.Module:
         return self.build(image_size).eval()

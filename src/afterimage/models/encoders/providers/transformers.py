@@ -100,14 +100,14 @@ class TransformersNetwork(Network):
     def convert(self, module: nn.Module, image_size: Size) -> Convert | None:
         def convert(state: dict[str, Tensor]) -> Mapping[str, Tensor]:
             with quiet("transformers"):
-                loaded, told = self.tower.from_pretrained(
+                loaded, info = self.tower.from_pretrained(
                     None,
                     config=type(self.config).from_dict(self.config.to_dict()),
                     state_dict=state,
                     dtype=torch.float32,
                     output_loading_info=True,
                 )
-            missing = told["missing_keys"]
+            missing = info["missing_keys"]
             return {key: value for key, value in loaded.state_dict().items() if key not in missing}
 
         return convert

@@ -177,11 +177,9 @@ def test_values_that_were_clamped_are_told_if_they_are_many():
     for name, told in (("Signed", 0), ("Unstated", 1)):
         decoder = build(name).eval()
         decoder(features)
-        assert len(decoder.remarks) == told
-    assert (
-        decoder.remarks[0].startswith("100% of the values that ") and "now (0, 1)" not in decoder.remarks[0]
-    )
-    assert "image_range, which is (0, 1) now" in decoder.remarks[0]
+        assert len(decoder.notes) == told
+    assert decoder.notes[0].startswith("100% of the values that ") and "now (0, 1)" not in decoder.notes[0]
+    assert "image_range, which is (0, 1) now" in decoder.notes[0]
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,9 @@ from afterimage.models.autoencoders import Autoencoder, LatentDecoder
 from afterimage.models.decoders.base import Decoder
 from afterimage.models.factories import call_factory, source_digest
 
-FAR, OFTEN = 0.1, 0.05
-"""Distance from [0, 1] and share of the values from which a run's notes say that they were clamped."""
+FAR, MAX_SHARE = 0.1, 0.05
+"""Distance from [0, 1] beyond which values are counted, and share of such values above which a note says that they
+were clamped."""
 
 
 class CustomDecoder(Decoder):
@@ -52,14 +53,14 @@ class CustomDecoder(Decoder):
         super().__init__(specs, image_size)
         self.name = name
         self._seed = self._values = self._outside = 0
-        where = torch.empty(0).device
+        device = torch.empty(0).device
         with torch.device("cpu"):  # it may load weights, and is tried on the CPU
             self.module = self.build(options)
             self.trainable = any(parameter.requires_grad for parameter in self.module.parameters())
             self.low, self.high = _image_range(self.module, name)
             self.eval()
             self._try()
-        self.train().to(where)
+        self.train().to(device)
 
     @staticmethod
     def digest(name: str) -> str:
@@ -106,10 +107,10 @@ class CustomDecoder(Decoder):
         return images
 
     @property
-    def remarks(self) -> list[str]:
-        """A remark if many values lay far outside [0, 1], as those of a module with another range do."""
+    def notes(self) -> list[str]:
+        """A note if many values lay far outside [0, 1], as those of a module with another range do."""
         share = self._outside / max(1, self._values)
-        if share <= OFTEN:
+        if share <= MAX_SHARE:
             return []
         return [
             f"{share:.0%} of the values that {self.name} returned lay more than {FAR:g} outside [0, 1] and were "
@@ -159,8 +160,8 @@ class DiffusersDecoder(CustomDecoder):
         raw = options.get("raw", (split_provider(model)[0], layer) != ("diffusers", "latents"))
         if not isinstance(raw, bool):
             raise AfterimageError(f"raw of {self.name} must be true or false, got {raw!r}")
-        found = Autoencoder.open(self.name)
-        return LatentDecoder(found.load(found.find_weights()), raw)
+        autoencoder = Autoencoder.open(self.name)
+        return LatentDecoder(autoencoder.load(autoencoder.find_weights()), raw)
 
 
 def _image_range(module: nn.Module, name: str) -> tuple[float, float]:

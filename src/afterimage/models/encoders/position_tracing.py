@@ -1,8 +1,8 @@
-"""Follow positions through a network: the effect of each operation on the positions of its values.
+"""Trace the image positions of tensor elements through the operations of a network.
 
 Operations are observed as they run, also on the meta device. Convolutions and pools average centres as they
 average values, views and rolls move them, and sums combine several. The result of an unknown operation has no
-centre, and the operation is named in `doubts`.
+centre, and the operation is named in `Positions.unknown_operations`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from afterimage.models.encoders.positions import (
     unknown_positions,
     view_positions,
 )
-from afterimage.models.encoders.sliding import (
+from afterimage.models.encoders.window_positions import (
     Arguments,
     nth,
     slide_window,
@@ -59,17 +59,17 @@ class PositionTracer:
         self._alive: dict[int, StorageWeakRef] = {}
         self._steps = 0
         self.needs_values = False
-        self._set(images, image_positions(*images.shape[-3:]).like(images.shape))
+        self._set(images, image_positions(*images.shape[-3:]).with_shape(images.shape))
 
-    def of(self, tensor: Tensor) -> Positions | None:
+    def positions_of(self, tensor: Tensor) -> Positions | None:
         """Return the positions of a tensor's elements; None for a tensor that does not depend on the image."""
         entry = self._table.get(storage(tensor))
         if not entry:
             return None
-        place = _place(tensor)
-        if place not in entry:
-            entry[place] = view_positions(list(entry.items()), tensor)
-        return entry[place]
+        strides = _strides(tensor)
+        if strides not in entry:
+            entry[strides] = view_positions(list(entry.items()), tensor)
+        return entry[strides]
 
     def restrided(self, tensor: Tensor) -> Positions:
         """Return the positions of a tensor whose strides were changed in place, as after a convolution."""
@@ -79,8 +79,8 @@ class PositionTracer:
         self._table[storage(tensor)].clear()
         return positions
 
-    def step(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Follow an operation of the dispatcher that has run, with its arguments and its result."""
+    def trace_operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Record the positions of the result of an operation of torch's dispatcher that has run."""
         self._steps += 1
         if self._steps % self.SWEEP == 0:
             for key in [key for key, reference in self._alive.items() if reference.expired()]:
@@ -92,7 +92,9 @@ class PositionTracer:
             try:
                 made = _trace(self, func, _bind(func, args, kwargs), results)
             except Exception:  # unexpected use of a known operation: treat it as unknown
-                known = [positions for tensor in sources if (positions := self.of(tensor)) is not None]
+                known = [
+                    positions for tensor in sources if (positions := self.positions_of(tensor)) is not None
+                ]
                 made = [unknown_positions(known, out.shape, func._schema.name) for out in results]
         elif func.is_view:
             return
@@ -101,7 +103,7 @@ class PositionTracer:
             if func._schema.is_mutable:
                 self._write(out, positions)
             elif func.is_view:
-                self._table[storage(out)][_place(out)] = positions
+                self._table[storage(out)][_strides(out)] = positions
             else:
                 self._set(out, positions)
 
@@ -111,21 +113,21 @@ class PositionTracer:
             self._table.pop(key, None)
             self._alive.pop(key, None)
         else:
-            self._table[key] = {_place(tensor): positions}
+            self._table[key] = {_strides(tensor): positions}
             self._alive[key] = StorageWeakRef(tensor.untyped_storage())
 
     def _write(self, tensor: Tensor, positions: Positions | None) -> None:
         """Record a change in place, which also changes all tensors that share the memory."""
-        entry, place = self._table.get(storage(tensor), {}), _place(tensor)
-        if not entry or set(entry) == {place}:
+        entry, strides = self._table.get(storage(tensor), {}), _strides(tensor)
+        if not entry or set(entry) == {strides}:
             self._set(tensor, positions)
             return
         positions = no_positions(tensor.shape) if positions is None else positions
-        if entry.get(place) is not positions:
-            for other in [other for other in entry if other != place]:
+        if entry.get(strides) is not positions:
+            for other in [other for other in entry if other != strides]:
                 view = tensor.as_strided(*other)
-                entry[other] = view_positions([(other, entry[other]), (place, positions)], view)
-            entry[place] = positions
+                entry[other] = view_positions([(other, entry[other]), (strides, positions)], view)
+            entry[strides] = positions
 
 
 def storage(tensor: Tensor) -> int:
@@ -133,14 +135,15 @@ def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _place(tensor: Tensor) -> tuple:
+def _strides(tensor: Tensor) -> tuple:
+    """Return the arguments of `as_strided` that make this view of the tensor's memory."""
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
 def _bind(func: Any, args: Any, kwargs: Any) -> Arguments:
     """Return an operation's arguments by name, defaults included."""
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    return {a.name: given.get(a.name, a.default_value) for a in func._schema.arguments}
+    passed = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    return {a.name: passed.get(a.name, a.default_value) for a in func._schema.arguments}
 
 
 def _tensors(given: Arguments) -> list[Tensor]:
@@ -206,7 +209,7 @@ def _trace(
     name, out = func._schema.name.removeprefix("aten::"), results[0]
     name = name.removesuffix("_") if func._schema.is_mutable else name
     first = next(iter(given.values()))
-    source = flow.of(first) if isinstance(first, Tensor) and name != "as_strided" else None
+    source = flow.positions_of(first) if isinstance(first, Tensor) and name != "as_strided" else None
     if name in PRODUCTS:
         return [_trace_matmul(flow, name, given, out.shape)]
     if name == "convolution":
@@ -214,12 +217,12 @@ def _trace(
     if name in ("cat", "stack"):
         return [_trace_concatenation(flow, name, given)]
     if name in ("copy", "fill", "zero"):
-        written = flow.of(given["src"]) if name == "copy" else None
+        written = flow.positions_of(given["src"]) if name == "copy" else None
         return [None if written is None else broadcast_positions([written], out.shape)]
     if name == "as_strided":
-        return [flow.restrided(out) if func._schema.is_mutable else flow.of(out)]
+        return [flow.restrided(out) if func._schema.is_mutable else flow.positions_of(out)]
     if torch.Tag.pointwise in func.tags or name in ELEMENTWISE:
-        operands = [found for tensor in _tensors(given) if (found := flow.of(tensor)) is not None]
+        operands = [found for tensor in _tensors(given) if (found := flow.positions_of(tensor)) is not None]
         return [broadcast_positions(operands, out.shape)]
     if source is None:
         raise NotImplementedError(name)
@@ -232,7 +235,7 @@ def _trace(
     if name in RECURRENT:
         return [
             _widen_receptive_field(
-                reduce_positions(source, [out.ndim - 1], keepdim=True).like(out.shape), range(out.ndim)
+                reduce_positions(source, [out.ndim - 1], keepdim=True).with_shape(out.shape), range(out.ndim)
             )
         ]
     if name in POOLS:
@@ -246,42 +249,47 @@ def _trace(
         if name == "constant_pad_nd":
             return [found]
         (repeated,) = _trace_move(source, func, given, results)  # padding repeats pixels, but not centres
-        return [replace(found, reach=repeated.reach)]
+        return [replace(found, receptive_field=repeated.receptive_field)]
     if name == "im2col":
         (height, width), given["padding"] = given["padding"], [0, 0]
         return _trace_move(trace_padding(source, [width, width, height, height]), func, given, results)
     if func.is_view or name in MOVES:
         others = _tensors(given)[1:]
         flow.needs_values |= any(other.is_meta for other in others)
-        if flow.needs_values or any(flow.of(other) is not None for other in others):
-            raise NotImplementedError("where elements move to is not known")
+        if flow.needs_values or any(flow.positions_of(other) is not None for other in others):
+            raise NotImplementedError("the indices that elements are moved to are unknown")
         return _trace_move(source, func, given, results)
     raise NotImplementedError(name)
 
 
 def _trace_matmul(flow: PositionTracer, name: str, given: Arguments, shape: Sequence[int]) -> Positions:
-    """Follow a matrix product: the centres of each factor are averaged along the summed axis."""
+    """Trace a matrix product: the centres of each factor are averaged along the summed axis."""
     keepdim, operands = len(shape) > 1, []
     for key, axis in zip(PRODUCTS[name], (-1, -2), strict=True):
-        factor = flow.of(given[key])
+        factor = flow.positions_of(given[key])
         if factor is not None:
             dim = max(len(factor.shape) + axis, 0)
-            operands.append(reduce_positions(factor, [dim], keepdim=keepdim).like(shape))
-    added = flow.of(given["self"]) if name.startswith(("add", "badd")) else None
+            operands.append(reduce_positions(factor, [dim], keepdim=keepdim).with_shape(shape))
+    added = flow.positions_of(given["self"]) if name.startswith(("add", "badd")) else None
     return broadcast_positions([*operands, *([] if added is None else [added])], shape)
 
 
 def _widen_receptive_field(source: Positions, dims: Sequence[int]) -> Positions:
     """Return positions with the same centres whose elements depend on all others along `dims`."""
     return (
-        replace(source, reach=merge_receptive_fields([*source.reach, *collapse(source.reach, dims)]))
+        replace(
+            source,
+            receptive_field=merge_receptive_fields(
+                [*source.receptive_field, *collapse(source.receptive_field, dims)]
+            ),
+        )
         if dims
         else source
     )
 
 
 def _trace_convolution(flow: PositionTracer, given: Arguments, shape: Sequence[int]) -> Positions:
-    source, weight = flow.of(given["input"]), given["weight"]
+    source, weight = flow.positions_of(given["input"]), given["weight"]
     operands = []
     if source is not None:
         groups, spatial = given["groups"], source.shape[2:]
@@ -297,10 +305,10 @@ def _trace_convolution(flow: PositionTracer, given: Arguments, shape: Sequence[i
             move = trace_transposed_convolution if given["transposed"] else slide_window
             found = move(found, 2 + axis, shape[2 + axis], weight.shape[2 + axis], *options)
         operands.append(found)
-    dynamic = flow.of(weight)
+    dynamic = flow.positions_of(weight)
     if dynamic is not None:  # weights computed from the image have no position in it
-        reach = tuple(merge_elements(arrays, shape) for arrays in dynamic.reach)
-        operands.append(Positions(tuple(shape), (), reach, dynamic.doubts))
+        receptive_field = tuple(merge_elements(box, shape) for box in dynamic.receptive_field)
+        operands.append(Positions(tuple(shape), (), receptive_field, dynamic.unknown_operations))
     return broadcast_positions(operands, shape)
 
 
@@ -309,7 +317,7 @@ def _trace_concatenation(flow: PositionTracer, name: str, given: Arguments) -> P
     for tensor in given["tensors"]:
         if tuple(tensor.shape) == (0,):  # an empty tensor, which may be joined to anything
             continue
-        positions = flow.of(tensor) or no_positions(tensor.shape)
+        positions = flow.positions_of(tensor) or no_positions(tensor.shape)
         if name == "stack":
             dim = given["dim"] % (tensor.ndim + 1)
             shape = (*tensor.shape[:dim], 1, *tensor.shape[dim:])
@@ -321,7 +329,7 @@ def _trace_concatenation(flow: PositionTracer, name: str, given: Arguments) -> P
 def _trace_move(
     source: Positions, func: Any, given: Arguments, results: list[Tensor]
 ) -> list[Positions | None]:
-    """Follow an operation that only moves elements, by running it on the arrays of positions."""
+    """Trace an operation that only moves elements, by running it on the arrays of positions."""
     arguments = func._schema.arguments
     # Rolls and flips change nothing along axes on which an array is constant.
     as_is = bool(given.get("dims")) and func._schema.name in ("aten::roll", "aten::flip")
@@ -334,15 +342,16 @@ def _trace_move(
         )
         return [compress(one) for one in ([moved] if isinstance(moved, Tensor) else moved)]
 
-    parts, reach = (
-        [[move(array) for array in arrays] for arrays in group] for group in (source.parts, source.reach)
+    centres, receptive_field = (
+        [[move(array) for array in arrays] for arrays in group]
+        for group in (source.centres, source.receptive_field)
     )
     return [
         Positions(
             tuple(out.shape),
-            select_centres([tuple(array[number] for array in arrays) for arrays in parts]),
-            merge_receptive_fields([tuple(array[number] for array in arrays) for arrays in reach]),
-            source.doubts,
+            select_centres([tuple(array[number] for array in arrays) for arrays in centres]),
+            merge_receptive_fields([tuple(array[number] for array in arrays) for arrays in receptive_field]),
+            source.unknown_operations,
         )
         for number, out in enumerate(results)
     ]

@@ -1,4 +1,4 @@
-"""Follow positions through operations along an axis: convolutions, pools, interpolation and padding."""
+"""Trace positions through operations with windows along an axis: convolutions, pools, interpolation, padding."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ Arguments = dict[str, Any]
 
 
 def nth(values: Sequence[int], axis: int) -> int:
+    """Return an option of a convolution or pool along an axis; a single value is valid for all axes."""
     return values[axis] if len(values) > 1 else values[0]
 
 
 def slide_window(
     source: Positions, dim: int, out: int, kernel: int, stride: int, padding: int, dilation: int = 1
 ) -> Positions:
-    """Follow windows along one axis, as in a convolution or a pool.
+    """Trace windows along one axis, as in a convolution or a pool.
 
     Padding continues the line of centres, so that a window at the border is centred at its own position and
     not at that of the pixels it sees.
@@ -45,22 +46,27 @@ def slide_window(
         return source
     starts = torch.arange(out, device="cpu") * stride - padding
     indices = starts[:, None] + torch.arange(kernel, device="cpu") * dilation
-    parts = []
-    for y, x, mixed in source.parts:
+    centres = []
+    for y, x, mixed in source.centres:
         windows = [_windows(array, dim, indices, size, "line") for array in (y, x)]
-        orders = _real_if_any(_windows(mixed, dim, indices, size, "edge"))
-        part = average_centres((*windows, orders), -1)
-        parts.append(tuple(compress(array.squeeze(-1)) for array in part))
-    reach = [
+        orders = _reset_padding(_windows(mixed, dim, indices, size, "edge"))
+        averaged = average_centres((*windows, orders), -1)
+        centres.append(tuple(compress(array.squeeze(-1)) for array in averaged))
+    receptive_field = [
         tuple(compress(_windows(array, dim, indices, size, "none").amin(-1)) for array in arrays)
-        for arrays in source.reach
+        for arrays in source.receptive_field
     ]
     shape = [out if axis == dim else length for axis, length in enumerate(source.shape)]
-    return Positions(tuple(shape), select_centres(parts), merge_receptive_fields(reach), source.doubts)
+    return Positions(
+        tuple(shape),
+        select_centres(centres),
+        merge_receptive_fields(receptive_field),
+        source.unknown_operations,
+    )
 
 
-def _real_if_any(mixed: Tensor) -> Tensor:
-    """Count padding in a window like the window's other elements, if there are any."""
+def _reset_padding(mixed: Tensor) -> Tensor:
+    """Reset the count of padded elements in windows that also hold image elements, so that both are averaged alike."""
     virtual = (mixed >= PADDING_MIX_COUNT) & mixed.isfinite()
     if not bool(virtual.any()):
         return mixed
@@ -90,7 +96,7 @@ def _windows(array: Tensor, dim: int, indices: Tensor, size: int, outside: str) 
 def trace_transposed_convolution(
     source: Positions, dim: int, out: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> Positions:
-    """Follow a transposed convolution along one axis: outputs are centred between their inputs."""
+    """Trace a transposed convolution along one axis: outputs are centred between their inputs."""
     index = torch.arange(out, dtype=torch.float64, device="cpu")
     return _resampled(source, dim, (index + padding - (kernel - 1) * dilation / 2) / stride)
 
@@ -106,16 +112,16 @@ def _resampled(source: Positions, dim: int, where: Tensor) -> Positions:
         below, above = array.index_select(dim, low), array.index_select(dim, low + 1)
         return compress(rounded(below + (above - below) * share))
 
-    parts = []
-    for y, x, mixed in source.parts:
+    centres = []
+    for y, x, mixed in source.centres:
         least = mixed.amin(dim, keepdim=True) + (y.shape[dim] > 1 or x.shape[dim] > 1)
-        parts.append((between(y), between(x), least))
+        centres.append((between(y), between(x), least))
     shape = [len(where) if axis == dim else length for axis, length in enumerate(source.shape)]
     return Positions(
         tuple(shape),
-        select_centres(parts),
-        merge_receptive_fields(collapse(source.reach, [dim])),
-        source.doubts,
+        select_centres(centres),
+        merge_receptive_fields(collapse(source.receptive_field, [dim])),
+        source.unknown_operations,
     )
 
 
@@ -132,7 +138,7 @@ def trace_pool(source: Positions, name: str, given: Arguments, shape: Sequence[i
 
 
 def trace_adaptive_pool(source: Positions, shape: Sequence[int], axes: int) -> Positions:
-    """Follow an adaptive pool, whose windows cover an axis as evenly as whole numbers allow."""
+    """Trace an adaptive pool, whose windows cover an axis as evenly as whole numbers allow."""
     for dim in range(len(shape) - axes, len(shape)):
         before, after = source.shape[dim], shape[dim]
         starts = [index * before // after for index in range(after)]
@@ -149,7 +155,7 @@ def trace_adaptive_pool(source: Positions, shape: Sequence[int], axes: int) -> P
 
 
 def trace_upsampling(source: Positions, given: Arguments, shape: Sequence[int]) -> Positions:
-    """Follow an interpolation to another size: centres lie on the line through their neighbours."""
+    """Trace an interpolation to another size: centres lie on the line through their neighbours."""
     factors = given.get("scale_factors") or [given.get(f"scales_{axis}") for axis in "dhw"]
     for dim in range(2, len(shape)):
         before, after = source.shape[dim], shape[dim]
@@ -164,23 +170,23 @@ def trace_upsampling(source: Positions, given: Arguments, shape: Sequence[int]) 
 
 
 def trace_padding(source: Positions, pad: Sequence[int]) -> Positions:
-    """Follow padding, which continues a line of centres, and has no centres if they are not on a line."""
+    """Trace padding, which continues a line of centres, and has no centres if they are not on a line."""
     for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
         dim = len(source.shape) - 1 - number
         size = source.shape[dim]
-        if size > 1 and all(_is_line(array, dim) for part in source.parts for array in part[:2]):
+        if size > 1 and all(_is_line(array, dim) for centre in source.centres for array in centre[:2]):
             source = slide_window(source, dim, before + size + after, 1, 1, before)
             index = torch.arange(source.shape[dim], device="cpu") - before
             outside = (index < 0) | (index >= size)
             outside = outside.reshape([-1 if axis == dim else 1 for axis in range(len(source.shape))])
-            parts = []
-            for y, x, mixed in source.parts:
+            centres = []
+            for y, x, mixed in source.centres:
                 if not y.shape[dim] == x.shape[dim] == 1:
                     # Count elements in padding as mixed by `PADDING_MIX_COUNT`, unless they already are.
                     virtual = torch.where(mixed < PADDING_MIX_COUNT, mixed + PADDING_MIX_COUNT, mixed)
                     mixed = compress(torch.where(outside, virtual, mixed))
-                parts.append((y, x, mixed))
-            source = replace(source, parts=tuple(parts))
+                centres.append((y, x, mixed))
+            source = replace(source, centres=tuple(centres))
             continue
         lengths = [
             [count if axis == dim else n for axis, n in enumerate(source.shape)] for count in (before, after)
