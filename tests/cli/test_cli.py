@@ -226,7 +226,7 @@ def test_outputs_are_looked_at_before_anything_is_computed(command, tmp_path, mo
         assert code == 1 and message in err, err
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     code, _, err = command("report", "runs", "--output-dir", "gone")
-    assert code == 1 and "is a link to nothing" in err
+    assert code == 1 and "is a broken link" in err
 
 
 def test_what_was_trained_is_shown_though_another_group_failed(command, tmp_path):

@@ -240,7 +240,7 @@ def test_best_estimates_of_a_run(command, run, place, monkeypatch):
     arguments = run.path, "--max-images", 3, "--steps", 5, "--refine-only", "--output-dir", output
     code, out, err = command(*arguments, "--estimate-images", 14)
     assert code == 0, err
-    answers = {made.result.config.answer: made.result for made in scan(output)}
+    answers = {made.result.config.result_kind: made.result for made in scan(output)}
     assert answers.keys() == {"refined", "estimate"}
     refined, estimate = answers["refined"], answers["estimate"]
     assert estimate.label.endswith("linear + best estimate") and estimate.inversion.steps == 5
@@ -291,7 +291,7 @@ def test_the_number_of_passes_is_chosen_on_held_out_images(command, run, place, 
     code, _, err = command(*arguments, "--estimate-images", 4, "--output-dir", place / "chosen")
     assert code == 0, err
     refined, estimate = sorted(
-        scan(place / "chosen"), key=lambda made: made.result.config.answer, reverse=True
+        scan(place / "chosen"), key=lambda made: made.result.config.result_kind, reverse=True
     )
     steps = refined.result.inversion.steps
     (note,) = [note for note in refined.result.notes if "of at most 12" in note]

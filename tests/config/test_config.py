@@ -302,9 +302,11 @@ def test_a_protocol_says_size_and_layers():
         with pytest.raises(
             AfterimageError, match=f"protocol {name} has (crop|resize) 2.., got {size or resize}"
         ):
-            DataConfig("photographs").asked(size, resize, name)
-    assert DataConfig("photographs").asked("256", None, "rae") == rae == rae.asked()
-    assert DataConfig("photographs").asked("64x96", 80) == DataConfig("photographs").sized("64x96", 80)
+            DataConfig("photographs").with_overrides(size, resize, name)
+    assert DataConfig("photographs").with_overrides("256", None, "rae") == rae == rae.with_overrides()
+    assert DataConfig("photographs").with_overrides("64x96", 80) == DataConfig("photographs").with_size(
+        "64x96", 80
+    )
     with pytest.raises(AfterimageError, match=r"unknown protocol 'ra'; did you mean 'rae'"):
         DataConfig(protocol="ra")
 
@@ -373,14 +375,18 @@ def test_one_size_has_one_digest():
 
 def test_a_size_brings_the_resize_that_it_needs():
     data = DataConfig()
-    assert (data.sized("384").resize, data.sized("64x96").resize, data.sized("64", 80).resize) == (
+    assert (
+        data.with_size("384").resize,
+        data.with_size("64x96").resize,
+        data.with_size("64", 80).resize,
+    ) == (
         384,
         256,
         80,
     )
     with pytest.raises(AfterimageError, match=r"crop .384x512. must not be larger than resize .300."):
-        data.sized("384x512", 300)
+        data.with_size("384x512", 300)
     with pytest.raises(AfterimageError, match=r"data.crop must be int, got a list"):
         from_dict(RunConfig, {"sources": ["a:b"], "data": {"crop": [3, 5]}})
     with pytest.raises(AfterimageError, match="needs an encoder, whose size it is"):
-        _ = data.sized("native").size
+        _ = data.with_size("native").size

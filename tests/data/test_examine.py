@@ -73,7 +73,7 @@ KINDS = {
     "16 levels": (lambda n: smooth(n) // 16 * 17, ["few values", "use 1[56]( to 16)? of the 256"]),
     "one colour": (
         lambda n: Image.new("RGB", (50, 40), (n, 99, 200)),
-        ["of one colour each", f"{COUNT} of {COUNT} images"],
+        ["of a single colour", f"{COUNT} of {COUNT} images"],
     ),
     "8 bits": (smooth, []),
     "grey stored as RGB": (lambda n: np.stack([smooth(n)] * 3, 2), []),
@@ -106,7 +106,8 @@ def test_some_of_many_are_counted_and_test_images_apart(tmp_path):
     write(tmp_path / "a" / "test", lambda n: smooth(50 + n) if n else smooth(50) // 9, 4)
     Image.new("L", (60, 50), 0).save(tmp_path / "a" / "train" / "black.png")
     notes = load(f"folder:{tmp_path / 'a'}", tmp_path).notes
-    assert notes[0] == "of one colour each, with nothing to bring back: 1 of 15 images (0 of 4 test images)"
+    flat = "of a single colour, in which there is nothing to reconstruct"
+    assert notes[0] == f"{flat}: 1 of 15 images (0 of 4 test images)"
     assert "1 of 15 images (1 of 4 test images) use only values from 0 to 28" in notes[1]
     assert f"{20 * math.log10(255 / 28):.0f} dB higher" in notes[1]
 

@@ -69,7 +69,9 @@ def test_shards_and_folder_hold_the_same_images(tmp_path):
     found = []
     for source in sources:
         data = load(source, tmp_path / "cache")
-        found.append({i: c for part in parts(data) for i, c in zip(part.ids, part.content, strict=True)})
+        found.append(
+            {i: c for part in parts(data) for i, c in zip(part.ids, part.content_digests, strict=True)}
+        )
     names = [
         [f"{n:04d}.png" for n in range(12)],
         [f"shard-{n // 4:03d}.tar/{n:06d}.png" for n in range(12)],
@@ -119,7 +121,11 @@ def test_what_was_cut_short_or_damaged_is_not_taken_for_the_end(tmp_path):
     path = write_tar(tmp_path / "x.tar", IMAGES)
     whole = path.read_bytes()
     ends = len(whole.rstrip(b"\0")) // 512 * 512 + 512
-    for cut, message in ((ends, "no mark at its end"), (ends - 512, "damaged"), (700, "damaged")):
+    for cut, message in (
+        (ends, "end-of-archive marker is missing"),
+        (ends - 512, "damaged"),
+        (700, "damaged"),
+    ):
         path.write_bytes(whole[:cut])
         refused(path, tmp_path, message)
     with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
@@ -127,7 +133,7 @@ def test_what_was_cut_short_or_damaged_is_not_taken_for_the_end(tmp_path):
     flipped = bytearray(whole)
     flipped[third + 5] ^= 4
     path.write_bytes(flipped)
-    refused(path, tmp_path, f"what stands at byte {third:,} is neither a member nor the end")
+    refused(path, tmp_path, f"the data at byte {third:,} is neither a member nor the end")
     path.write_bytes(whole + whole)
     refused(path, tmp_path, "neither a member nor the end")
     for content in (b"", b"no tar file at all" * 100):
@@ -384,7 +390,7 @@ def test_folders_of_images_are_tables_of_files_in_the_hubs_cache(hub, tmp_path):
     assert [len(part) for part in parts(data)] == [8, 2, 4]
     train = read_source("hf:me/photos:train", {"train"}, tmp_path).train
     assert [original.read() for original in train] == [image_bytes(n) for n in own["train"]]
-    elsewhere = replace(train[0].images, below=(tmp_path / "other",))
+    elsewhere = replace(train[0].images, file_roots=(tmp_path / "other",))
     with pytest.raises(AfterimageError, match="hf:me/photos/train/0000003: has no bytes"):
         replace(train[3], images=elsewhere).read()
 
@@ -404,7 +410,7 @@ def test_what_was_prepared_is_there_offline(hub, tmp_path, monkeypatch):
     hub.shutdown()
     hub.server_close()
     with pytest.raises(
-        AfterimageError, match=rf"the hub at {hub.endpoint} .*HF_HUB_OFFLINE=1 what the cache has"
+        AfterimageError, match=rf"the hub at {hub.endpoint} .*HF_HUB_OFFLINE=1 the cached copy is used"
     ):
         load("hf:me/photos", tmp_path)
     for module in (huggingface_hub.constants, datasets.config):
@@ -434,7 +440,7 @@ def test_why_the_hub_does_not_give_a_dataset(hub, tmp_path):
     hub.gated = True
     with pytest.raises(AfterimageError, match=rf"me/photos is gated.* accept its licence on {page}/photos"):
         load("hf:me/photos", tmp_path)
-    with pytest.raises(AfterimageError, match="is no name of a dataset"):
+    with pytest.raises(AfterimageError, match="is not a dataset name"):
         load("hf:@:", tmp_path)
 
 

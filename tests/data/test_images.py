@@ -86,7 +86,7 @@ def test_centre_crops_are_exact():
     assert crops.shape == (3, 3, 24, 24)
     assert crops.dtype == torch.float32
     for crop, index in zip(crops, [2, 0, 1], strict=True):
-        assert torch.equal(crop, center_crop(sample_images.whole(index), [24]).to(torch.float32) / 255)
+        assert torch.equal(crop, center_crop(sample_images.full_image(index), [24]).to(torch.float32) / 255)
 
 
 @pytest.mark.parametrize("limit", [10**6, 0], ids=["kept", "streamed"])
@@ -106,8 +106,8 @@ def test_crops_that_are_not_square(tmp_path, monkeypatch, limit):
         assert part.crops(range(len(part)), seed=1).shape == (len(part), 3, 30, 45)
         for index, name in enumerate(part.ids):
             (crop,) = part.crops([index])
-            whole[name], sides[name] = tuple(part.whole(index).shape[1:]), part.sides[index]
-            assert torch.equal(crop, center_crop(part.whole(index), [30, 45]).float() / 255)
+            whole[name], sides[name] = tuple(part.full_image(index).shape[1:]), part.sides[index]
+            assert torch.equal(crop, center_crop(part.full_image(index), [30, 45]).float() / 255)
             assert torch.equal(crop, prepare_image(folder / name, config)[0])
     assert whole == {"0.png": (40, 60), "1.png": (90, 60), "2.png": (60, 60), "3.png": (40, 160)}
     assert sides == {"0.png": 60, "1.png": 40, "2.png": 40, "3.png": 50}
@@ -119,7 +119,9 @@ def test_random_crops_are_parts_of_the_image_flipped_or_not():
     top, left, flip = random_crop_positions(np.full(12, 30), np.full(12, 45), 24, np.arange(12), 1, 2)
     assert flip.any() and not flip.all()
     for index, crop in enumerate(crops):
-        part = sample_images.whole(index)[:, top[index] : top[index] + 24, left[index] : left[index] + 24]
+        part = sample_images.full_image(index)[
+            :, top[index] : top[index] + 24, left[index] : left[index] + 24
+        ]
         part = part.flip(-1) if flip[index] else part
         assert torch.equal(crop, part.to(torch.float32) / 255)
 
@@ -142,7 +144,9 @@ def test_the_gather_on_a_device_equals_the_copies(seed, epoch, crop):
     sample_images = make_images(sizes, crop)
     heights, widths = np.array(sizes).T
     top, left, flip = random_crop_positions(heights, widths, crop, np.arange(6), seed, epoch)
-    offsets = np.array([sample_images.blob.slots[content].offset for content in sample_images.content])
+    offsets = np.array(
+        [sample_images.blob.slots[content].offset for content in sample_images.content_digests]
+    )
     pixels = torch.from_numpy(sample_images.blob.pixels)
     crops = gather_crops(pixels, offsets + top * widths + left, heights, widths, flip, sample_images.size)
     assert torch.equal(crops.to(torch.float32) / 255, sample_images.crops(range(6), seed=seed, epoch=epoch))
@@ -153,13 +157,15 @@ def test_another_device_gets_its_crops_there():
     crops = sample_images.crops([0, 1], seed=1, device="meta")
     assert crops.device.type == "meta"
     assert crops.shape == (2, 3, 20, 20)
-    assert sample_images.blob.on(torch.device("meta")) is sample_images.blob.on(torch.device("meta"))
+    assert sample_images.blob.to_device(torch.device("meta")) is sample_images.blob.to_device(
+        torch.device("meta")
+    )
 
 
 def test_pixels_that_do_not_fit_on_a_device_are_cropped_before(monkeypatch):
     monkeypatch.setattr("afterimage.data.pixel_cache.RESIDENT_LIMIT", 100)
     sample_images = make_images([(20, 33)], crop=20)
-    assert sample_images.blob.on(torch.device("meta")) is None
+    assert sample_images.blob.to_device(torch.device("meta")) is None
     assert sample_images.crops([0], device="meta").shape == (1, 3, 20, 20)
 
 
@@ -169,7 +175,7 @@ def test_crops_on_cuda_equal_those_on_the_cpu(monkeypatch):
     for seed in (None, 5):
         expected = sample_images.crops([2, 0, 1], seed=seed)
         assert torch.equal(sample_images.crops([2, 0, 1], seed=seed, device="cuda").cpu(), expected)
-    monkeypatch.setattr(PixelStore, "on", lambda self, device: None)
+    monkeypatch.setattr(PixelStore, "to_device", lambda self, device: None)
     assert torch.equal(sample_images.crops([2, 0, 1], seed=5, device="cuda").cpu(), expected)
 
 
@@ -188,4 +194,4 @@ def test_loaded_images_have_the_size_asked_for(tmp_path):
     crops = data.train.crops(range(len(data.train)), seed=0)
     assert crops.shape == (len(data.train), 3, 16, 16)
     assert 0 <= crops.min() < crops.max() <= 1
-    assert data.train.whole(0).shape == (3, 24, 32)
+    assert data.train.full_image(0).shape == (3, 24, 32)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from afterimage.config import AfterimageError, DataConfig
+from afterimage.data import originals
 from afterimage.data import pixel_cache as cache_module
-from afterimage.data import records
 from afterimage.data.dataset import cache_folder, load_data
 from afterimage.data.decode import ImageStatistics
 from afterimage.data.images import Data
+from afterimage.data.originals import FileDigests, FileOriginal
 from afterimage.data.pixel_cache import map_blob
-from afterimage.data.records import FileDigests, FileOriginal
 from some_images import some_image, write_images
 
 COUNT = 12
@@ -41,9 +41,9 @@ def cache(tmp_path) -> Path:
 def work(monkeypatch) -> dict[str, list]:
     """What is decoded and what is read through, by file name."""
     done = {"decoded": [], "read": []}
-    decode, header = FileOriginal.decoded, records.check_header
+    decode, header = FileOriginal.decode_image, originals.check_header
 
-    def decoded(self, size, content):
+    def decode_image(self, size, content):
         done["decoded"].append(self.path.name)
         return decode(self, size, content)
 
@@ -51,8 +51,8 @@ def work(monkeypatch) -> dict[str, list]:
         done["read"].append(name)
         return header(content, name)
 
-    monkeypatch.setattr(FileOriginal, "decoded", decoded)
-    monkeypatch.setattr(records, "check_header", looked_at)
+    monkeypatch.setattr(FileOriginal, "decode_image", decode_image)
+    monkeypatch.setattr(originals, "check_header", looked_at)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # one thread, so that the counts are exact
     return done
 
@@ -63,7 +63,7 @@ def load(folder: Path, cache: Path, **settings) -> Data:
 
 def pixels(data: Data) -> dict[str, bytes]:
     parts = (data.train, data.validation, data.test)
-    return {i: p.whole(n).numpy().tobytes() for p in parts for n, i in enumerate(p.ids)}
+    return {i: p.full_image(n).numpy().tobytes() for p in parts for n, i in enumerate(p.ids)}
 
 
 def blobs(cache: Path) -> list[Path]:
@@ -102,7 +102,7 @@ def test_only_new_images_are_decoded(folder, cache, work):
 def test_another_size_is_another_file(folder, cache, work):
     load(folder, cache)
     config = DataConfig(f"folder:{folder}", resize=20, crop=16)
-    assert load_data(config, cache=cache).train.whole(0).shape[1] == 20
+    assert load_data(config, cache=cache).train.full_image(0).shape[1] == 20
     assert len(blobs(cache)) == 2
 
 
@@ -126,7 +126,7 @@ def test_a_image_that_changes_while_it_is_read_is_an_error(folder, tmp_path):
     content, _, _ = original.content(FileDigests(tmp_path, folder), 24)
     some_image(99).save(folder / "0000.png")
     with pytest.raises(AfterimageError, match=r"0000\.png: changed"):
-        original.decoded(24, content)
+        original.decode_image(24, content)
 
 
 FAULTS = ["cut", "empty", "flipped pixel", "flipped index", "flipped footer", "other"]
@@ -181,16 +181,16 @@ def run_together(target, *arguments, processes: int = 3) -> list[int]:
 
 def test_processes_that_start_together_share_one_file(folder, cache, tmp_path):
     log = tmp_path / "decoded"
-    original = FileOriginal.decoded
+    original = FileOriginal.decode_image
 
-    def decoded(self, size, content):
+    def decode_image(self, size, content):
         time.sleep(0.01)  # so that the others come while it goes on
         with open(log, "a") as file:
             file.write("x")
         return original(self, size, content)
 
     def child():
-        FileOriginal.decoded = decoded
+        FileOriginal.decode_image = decode_image
         load(folder, cache)
 
     assert run_together(child) == [0, 0, 0]
@@ -201,14 +201,14 @@ def test_processes_that_start_together_share_one_file(folder, cache, tmp_path):
 
 def test_a_killed_process_leaves_nothing_that_harms(folder, cache):
     def child():
-        original = FileOriginal.decoded
+        original = FileOriginal.decode_image
 
-        def decoded(self, size, content):
+        def decode_image(self, size, content):
             if self.path.name == "0005.png":
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, size, content)
 
-        FileOriginal.decoded = decoded
+        FileOriginal.decode_image = decode_image
         load(folder, cache)
 
     assert run_together(child, processes=1) == [-signal.SIGKILL]

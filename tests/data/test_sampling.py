@@ -166,11 +166,11 @@ def test_train_and_dev_is_a_split_whose_test_images_are_said_to_be_drawn(tmp_pat
     data = load(write(tmp_path / "a", {"train": 10, "dev": 4}), tmp_path)
     assert places(data) == {TRAINING: {"train"}, VALIDATION: {"dev"}, TEST: {"train"}}
     assert data.notes[-1] == (
-        "nothing is named as test images: they are drawn at random from the training images"
+        "no folder or split is named as a test split: test images are drawn at random from the training images"
     )
     other = load("procedural:9", tmp_path, test=f"folder:{tmp_path / 'a'}")
     assert places(other)[TEST] == {"train"}
-    assert other.notes[-1].startswith("test images: nothing in their source is named so")
+    assert other.notes[-1].startswith("test images: their source has no test split")
 
 
 def test_plain_names_say_nothing_and_what_lies_beside_is_said(tmp_path, caplog):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from afterimage.config import AfterimageError, DataConfig
 from afterimage.data.dataset import load_data
 from afterimage.data.decode import BadImage
-from afterimage.data.records import FileDigests, FileOriginal, Original, PartOriginal
+from afterimage.data.originals import FileDigests, FileOriginal, Original, PartOriginal
 from afterimage.data.sampling import Source, shuffled, split, split_off
 from afterimage.data.sources import dead_leaves as procedural
 from afterimage.data.sources import read_source
@@ -35,7 +35,7 @@ class Named(Original):
     def content(self, digests, size):
         raise AssertionError("a split does not look into images")
 
-    decoded = content
+    decode_image = content
 
 
 def ids(originals) -> list[str]:
@@ -322,7 +322,7 @@ def test_parts_of_a_photograph_lie_side_by_side(tmp_path):
 
     data = load("procedural:3", tmp_path, test="photographs", resize=256, crop=224)
     whole = io.imread(next(o.path for o in read_photographs().train if o.id == "astronaut"))
-    part = data.test.whole(data.test.ids.index("astronaut-part-2")).permute(1, 2, 0).numpy()
+    part = data.test.full_image(data.test.ids.index("astronaut-part-2")).permute(1, 2, 0).numpy()
     assert np.array_equal(part, whole[:256, 256:])
 
 
@@ -337,10 +337,10 @@ def test_a_part_of_a_file_that_has_changed_is_refused(tmp_path):
     some_image(0).save(tmp_path / "a.png")
     part = PartOriginal("a-part-1", FileOriginal("a", tmp_path, "a.png"), (0, 0, 2, 1))
     content = part.content(FileDigests(tmp_path, tmp_path), 32).sha256
-    part.decoded(32, content)
+    part.decode_image(32, content)
     some_image(1).save(tmp_path / "a.png")
     with pytest.raises(BadImage, match=r"a\.png: changed since it was first read"):
-        part.decoded(32, content)
+        part.decode_image(32, content)
 
 
 # Procedural images
@@ -393,4 +393,4 @@ def test_procedural_images_to_test_on_are_others_than_those_to_train_on(tmp_path
     data = load("procedural:6", tmp_path, test="procedural:6")
     assert not set(data.test.ids) & set(data.train.ids + data.validation.ids)
     assert data.train.ids == load("procedural:6", tmp_path, test="photographs").train.ids
-    assert DeadLeaves(0, 3).decoded(24, "").size == (30, 24)
+    assert DeadLeaves(0, 3).decode_image(24, "").size == (30, 24)

@@ -196,7 +196,7 @@ def test_missing_images_are_not_measured_and_not_a_failure(moved, capsys, monkey
     alone, other = verify_runs([own, elsewhere], cache=folder / "cache", accelerator="cpu")
     assert not alone.holds and not alone.problems and "cannot read the folder" in alone.missing[0]
     assert other.holds and other.images == 3, "its test images are here"
-    assert "could not be looked at" in other.changes[0] and str(folder / "images") in other.changes[0]
+    assert "it could not be checked" in other.changes[0] and str(folder / "images") in other.changes[0]
     with pytest.raises(SystemExit) as stopped:
         main(["verify", str(own.path), "--device", "cpu"])
     out = capsys.readouterr().out
@@ -248,12 +248,12 @@ def test_evaluating_on_other_images_needs_no_training_images_and_keeps_the_netwo
     (folder / "images").rename(folder / "away")
     main(["evaluate", str(own.path), "--data", f"folder:{folder}/tests"])
     out, err = capsys.readouterr()
-    assert "over 3 images" in out and "vgg" in out and "could not be looked at" in err
+    assert "over 3 images" in out and "vgg" in out and "it could not be checked" in err
     (folder / "away").rename(folder / "images")
     (folder / "tests" / "00.png").write_bytes((folder / "images" / "00.png").read_bytes())
     with pytest.raises(SystemExit):
         main(["evaluate", str(own.path), "--data", f"folder:{folder}/tests"])
-    assert "trained or validated on too" in capsys.readouterr().err
+    assert "are also training or validation images" in capsys.readouterr().err
 
 
 def test_a_run_can_be_used_from_another_working_folder(tmp_path, monkeypatch, capsys):

@@ -136,7 +136,7 @@ def test_bounds_are_found_once_on_the_first_test_images_and_reported_beside_the_
     runs, failures = run_study(study, tmp_path / "study", **options)
     assert not failures
     decoders, bounds = ([run for run in runs if run.result.kind == kind] for kind in ("decoder", "inversion"))
-    answers = [bound.result.config.answer for bound in bounds]
+    answers = [bound.result.config.result_kind for bound in bounds]
     assert len(decoders) == 2 and answers == ["refined", "estimate"] * 2
     for decoder, bound in zip([run for run in decoders for _ in range(2)], bounds, strict=True):
         result = bound.result

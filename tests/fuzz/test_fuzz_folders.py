@@ -32,7 +32,7 @@ def test_a_link_out_of_a_run_folder_is_not_followed(run, tmp_path, what):
     moved = tmp_path / "private"
     shutil.move(place, moved)
     place.symlink_to(moved)
-    with pytest.raises(AfterimageError, match="which is no file of its folder"):
+    with pytest.raises(AfterimageError, match="which is not a file of its folder"):
         collect_images(read_rows([run]).all)
 
 

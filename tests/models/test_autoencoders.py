@@ -178,7 +178,7 @@ def test_it_is_measured_from_one_command(saved, tmp_path, capsys):
     runs = [Run.open(path.parent) for path in (tmp_path / "runs").glob("*/summary.json")]
     (random,) = (run for run in runs if run.result.is_random)
     (run,) = (run for run in runs if not run.result.is_random)
-    assert run.result.trained_elsewhere and run.result.scores["psnr"] != random.result.scores["psnr"]
+    assert run.result.is_imported and run.result.scores["psnr"] != random.result.scores["psnr"]
     decoders = [load_tensors(one.file("decoder.safetensors"))[0] for one in (run, random)]
     assert decoders[0] and all(torch.equal(decoders[0][key], decoders[1][key]) for key in decoders[0])
     main(["controls", str(run.path), "--only", "controls", "--device", "cpu"])

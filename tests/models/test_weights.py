@@ -469,7 +469,7 @@ def test_a_repository_of_the_hub_is_an_encoder(monkeypatch, repository, tmp_path
     [
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "names no architecture (it describes a 'vit' of "),
         ({"architecture": "no_such_net"}, "names the architecture 'no_such_net', which timm would have to know"),
-        ([], "it is no table of settings"),
+        ([], "it is not a table of settings"),
         ({"architecture": "test_resnet", "pretrained_cfg": {"mean": [1]}}, "mean must be three numbers"),
         ({"architecture": "test_resnet", "pretrained_cfg": 3}, "cannot use the config.json of me/net"),
         ((403, {"X-Error-Code": "GatedRepo"}), "a repository of the hub: the hub's me/net is gated"),

@@ -57,8 +57,8 @@ def test_a_decoder_is_paired_with_what_was_found_from_it_on_the_same_images(deco
     assert bound.decoder.values("psnr") == {row["id"]: row["psnr"] for row in first}
     assert bound.decoder.scores["psnr"].mean == pytest.approx(np.mean([row["psnr"] for row in first]))
     assert bound.best("psnr") is bound.estimate and bound.best("lpips") is bound.refined
-    assert list(bound.missed("lpips").values()) == pytest.approx([-0.2] * 4)
-    assert list(bound.missed("ssim").values()) == pytest.approx([0.04] * 4)
+    assert list(bound.gap_to_decoder("lpips").values()) == pytest.approx([-0.2] * 4)
+    assert list(bound.gap_to_decoder("ssim").values()) == pytest.approx([0.04] * 4)
 
 
 def test_the_table_has_every_answer_with_intervals_and_its_feature_distance(decoder):
@@ -153,7 +153,7 @@ def test_other_images_of_the_same_names_are_not_the_decoders_own(decoder):
     found = search(decoder, "refined", REFINED)
     edit(found, inversion__decoder_alone__scores__psnr__mean=decoder.result.scores["psnr"].mean + 3)
     (bound,) = bounds_of(read_rows([decoder, found]))
-    assert bound.decoder.values("psnr") == {} and bound.missed("psnr") == {}
+    assert bound.decoder.values("psnr") == {} and bound.gap_to_decoder("psnr") == {}
     answers = lines([decoder, found])
     assert [line[1] for line in answers] == ["decoder linear", "most consistent"] and "[" not in answers[0][2]
 
@@ -182,7 +182,7 @@ def test_distances_of_another_lpips_network_are_not_paired(decoder):
     found = search(decoder, "refined", REFINED)
     edit(found, lpips__net="squeeze")
     (bound,) = bounds_of(read_rows([decoder, found]))
-    assert bound.missed("lpips") == {} and len(bound.missed("psnr")) == 4
+    assert bound.gap_to_decoder("lpips") == {} and len(bound.gap_to_decoder("psnr")) == 4
 
 
 def test_the_main_table_leaves_out_what_was_measured_on_few_images(decoder, tmp_path):
@@ -191,9 +191,9 @@ def test_the_main_table_leaves_out_what_was_measured_on_few_images(decoder, tmp_
     assert "refined" not in markdown_table(rows) and not any(
         "do not compare" in text for text in rows.warnings
     )
-    assert rows.every == (*rows.all, *rows.inversions)
+    assert rows.with_inversions == (*rows.all, *rows.inversions)
     alone = read_rows([found])
-    assert alone.decoders == alone.inversions == alone.every and "refined" in markdown_table(alone)
+    assert alone.decoders == alone.inversions == alone.with_inversions and "refined" in markdown_table(alone)
 
 
 def test_the_report_opens_with_the_bound_and_says_how_each_was_made(decoder, tmp_path, monkeypatch):
@@ -509,7 +509,7 @@ def test_a_bound_of_another_decoder_is_left_out_and_named(decoder, tmp_path):
     edit(refined, inversion__start_sha256="ab" * 32)
     rows = read_rows([decoder, refined, estimate])
     (bound,) = bounds_of(rows)
-    assert (bound.refined, bound.estimate.run) == (None, estimate) and len(rows.every) == 2
+    assert (bound.refined, bound.estimate.run) == (None, estimate) and len(rows.with_inversions) == 2
     (told,) = [text for text in rows.warnings if "left out" in text]
     assert refined.name in told and decoder.name in told and "SHA-256 abababababab then, unknown now" in told
     report = write_report([decoder, refined], tmp_path / "out")["report.md"].read_text()
@@ -528,10 +528,10 @@ def test_of_runs_of_one_name_the_decoder_that_was_used_is_taken(decoder, tmp_pat
 def test_scores_are_paired_on_the_same_images_alone(decoder):
     found = search(decoder, "refined", REFINED, count=20)
     (bound,) = bounds_of(read_rows([decoder, found]))
-    assert len(bound.missed("psnr")) == 20
+    assert len(bound.gap_to_decoder("psnr")) == 20
     edit(found, data__test_digest="of other images")
     (bound,) = bounds_of(read_rows([decoder, found]))
-    assert bound.decoder.run == decoder and bound.missed("psnr") == {}
+    assert bound.decoder.run == decoder and bound.gap_to_decoder("psnr") == {}
 
 
 def test_a_bound_may_have_a_metric_that_only_some_decoders_have(tmp_path):
@@ -572,5 +572,5 @@ def test_bounds_of_several_seeds_name_theirs(tmp_path, capsys):
     print_table(runs)
     told = capsys.readouterr().out
     assert "linear + refined, seed 1" in told and "decoder, seed 2" not in told
-    print_bounds([row for row in map(Row.of, runs) if row.inversion])
+    print_bounds([row for row in map(Row.from_run, runs) if row.inversion])
     assert f"linear + refined, from {runs[0].name[-8:]}" in capsys.readouterr().out

@@ -46,9 +46,9 @@ def test_a_row_is_ranked_among_rows_of_about_as_many_values_with_its_own_counted
     assert {e.features for e in first.others} == near and len(near) >= 2
     for metric, sign in (("psnr", 1), ("ssim", 1), ("lpips", -1)):
         ahead = sum(sign * values[n].scores[metric].mean > sign * early.scores[metric] for n in near)
-        assert first.place(metric) == (1 + ahead, 1 + len(near))
+        assert first.rank(metric) == (1 + ahead, 1 + len(near))
     wide = compare(rows_of(mine), rows_of(scan(atlas)), within=1000.0).standings[0]
-    assert wide.place("psnr")[1] == 1 + len(values)
+    assert wide.rank("psnr")[1] == 1 + len(values)
     found = {name: r.scores["psnr"].mean for name, r in values.items()} | {"mine:early": early.scores["psnr"]}
     assert wide.first("psnr").features == max(found, key=found.get)
 
@@ -61,9 +61,9 @@ def _values(result):
 def test_bounds_are_ranked_among_bounds_of_as_many_passes_alone(atlas, mine):
     same, more = search(mine[0], "refined", REFINED), search(mine[1], "refined", REFINED, steps=50)
     comparison = compare(rows_of([*mine, same, more]), rows_of(scan(atlas)), within=1000.0)
-    bounds = [s for s in comparison.standings if s.mine.answer == "linear + refined"]
-    assert [(s.mine.features, s.place("psnr")) for s in bounds] == [
-        ("mine:early", (2 - (s.mine.scores["psnr"] > s.others[0].scores["psnr"]), 2)) for s in bounds
+    bounds = [s for s in comparison.standings if s.ranked_entry.answer == "linear + refined"]
+    assert [(s.ranked_entry.features, s.rank("psnr")) for s in bounds] == [
+        ("mine:early", (2 - (s.ranked_entry.scores["psnr"] > s.others[0].scores["psnr"]), 2)) for s in bounds
     ]
     (told,) = [r for r in comparison.remarks if "mine:late" in r]
     assert told.startswith("No row of the atlas was measured as mine:late: linear + refined in 50 passes")
@@ -75,14 +75,15 @@ def test_rows_of_other_images_or_crops_are_kept_apart_and_said(change, atlas, mi
     for run in others[:3]:
         edit(run, **change)
     comparison = compare(rows_of(mine), rows_of(others), within=1000.0)
-    assert [s.place("psnr")[1] for s in comparison.standings] == [1 + 4] * 2
+    assert [s.rank("psnr")[1] for s in comparison.standings] == [1 + 4] * 2
     (told,) = comparison.remarks
     way = str(rows_of(others[:1])[0].measured)
     assert told == f"Rows of the atlas that are kept apart, since none of yours was measured as {way}: 3."
     for run in others[3:]:
         edit(run, **change)
     with pytest.raises(
-        AfterimageError, match="no row of the atlas was measured as yours: yours are linear on"
+        AfterimageError,
+        match=r"was measured under the same conditions as your rows \(linear on",
     ):
         compare(rows_of(mine), rows_of(others))
 
@@ -90,8 +91,8 @@ def test_rows_of_other_images_or_crops_are_kept_apart_and_said(change, atlas, mi
 def test_lpips_is_ranked_by_one_network_only(atlas, tmp_path):
     runs = write_study(tmp_path, encoders=(MINE,), decoders=("linear",), baselines=(), lpips="squeeze")
     comparison = compare(rows_of(runs), rows_of(scan(atlas)), within=1000.0)
-    assert [s.place("lpips") for s in comparison.standings] == [None, None]
-    assert all(s.place("ssim") for s in comparison.standings)
+    assert [s.rank("lpips") for s in comparison.standings] == [None, None]
+    assert all(s.rank("ssim") for s in comparison.standings)
     (told,) = comparison.remarks
     assert told == "Rows of the atlas whose LPIPS is by alex, a network that measured none of yours: 7."
 
@@ -138,7 +139,7 @@ def test_the_command_prints_ranks_and_saves_a_figure(atlas, mine, tmp_path, caps
     main(["compare", str(tmp_path / "mine"), "--with", str(atlas), "--output", str(figure)])
     shown = capsys.readouterr().out
     comparison = compare(rows_of(mine), rows_of(scan(atlas)))
-    place = comparison.standings[0].place("psnr")
+    place = comparison.standings[0].rank("psnr")
     assert f"{place[0]} of {place[1]}" in shown and "0.667 to 1.5 times as many feature values" in shown
     assert figure.read_bytes()[:4] == b"\x89PNG"
     assert standings_table(comparison).rows[0][2] == "1.33"
@@ -152,5 +153,5 @@ def test_the_figure_has_a_panel_an_answer_and_metric_and_room_for_its_names(atla
     assert len(drawing.figure.axes) == 2 * 3 and not faults(drawing.figure)
     psnr = drawing.figure.axes[0]
     drawn = {tuple(line.get_ydata()): line.get_color() for line in psnr.lines}
-    own = tuple(s.mine.scores["psnr"] for s in comparison.standings[:2])
+    own = tuple(s.ranked_entry.scores["psnr"] for s in comparison.standings[:2])
     assert own in drawn and list(drawn.values()).count(drawn[own]) == 1

@@ -94,7 +94,7 @@ def test_several_decoders_share_a_card_that_the_client_reads_back(tmp_path):
     assert {r.dataset_type for r in results} == {"procedural"}
     assert f"hub:me/seen/{runs[0].name}" in text
     found = Manifest.parse(files[MANIFEST])
-    assert [found.choose(run.name).sources for run in runs] == [run.result.sources for run in runs]
+    assert [found.get_decoder(run.name).sources for run in runs] == [run.result.sources for run in runs]
 
 
 def test_a_grid_of_images_has_a_row_of_originals_and_one_for_each_decoder():

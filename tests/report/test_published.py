@@ -10,8 +10,8 @@ from afterimage.report.published import (
     MEAN,
     PUBLISHED,
     STD,
-    beside_published,
     find_published,
+    pair_with_published,
     published_ceiling,
     why_they_differ,
 )
@@ -108,7 +108,7 @@ def with_mean(run, psnr):
 
 
 def beside(runs):
-    return beside_published([Row.of(run) for run in runs])
+    return pair_with_published([Row.from_run(run) for run in runs])
 
 
 def test_rows_stand_beside_their_published_counterparts(tmp_path):

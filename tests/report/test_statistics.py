@@ -11,7 +11,7 @@ from afterimage.config import AfterimageError
 from afterimage.evaluation import intervals
 from afterimage.evaluation.intervals import interval, mean_interval
 from afterimage.report.rows import Row
-from afterimage.report.statistics.tests import (
+from afterimage.report.statistics.paired_tests import (
     epsilon_squared,
     holm,
     kendall_within,
@@ -68,7 +68,7 @@ def test_intervals_of_two_images_stay_in_the_range_of_their_metric(tmp_path):
     rows = [{"id": i, **{metric: pair[i == "b"] for metric, pair in scores.items()}} for i in "ab"]
     run = write_run(tmp_path, "resnet34.tv_in1k:layer1", rows)
     of_findings = {score.metric: score.mean for score in analyse([run]).scores}
-    assert of_findings == Row.of(run).intervals
+    assert of_findings == Row.from_run(run).intervals
     ends = {metric: (found.low, found.high) for metric, found in of_findings.items()}
     assert ends["psnr"] == pytest.approx((8.294, 33.706), abs=1e-3)
     assert ends["ssim"] == pytest.approx((0.315, 1.0), abs=1e-3)

@@ -23,8 +23,8 @@ from afterimage.report.statistics.hypotheses import (
     falls_with_depth,
     resolution_dominates,
 )
+from afterimage.report.statistics.paired_tests import compare, holm_correct
 from afterimage.report.statistics.rows import PooledRow, Setting, group_rows
-from afterimage.report.statistics.tests import compare, holm_correct
 from afterimage.runs.files import write_csv
 from afterimage.runs.run import scan
 from simulated_runs import edit
@@ -49,7 +49,7 @@ def written(findings):
 
 def load_rows(runs):
     """Run folders as rows, merged, and what was left out."""
-    return group_rows([report.Row.of(run) for run in runs])
+    return group_rows([report.Row.from_run(run) for run in runs])
 
 
 def row(quality, name="model layer1", *, order=1, side=14, channels=64, parameters=1000, metric="psnr"):
@@ -167,7 +167,9 @@ def test_a_training_time_that_one_seed_lacks_is_unknown(tmp_path):
     unknown = analyse([own, elsewhere]).efficiency[0]
     assert known.per_minute == pytest.approx(known.gain / 2)
     assert unknown.per_minute is None and unknown.per_thousand_values == known.per_thousand_values
-    assert report.Row.of(own).train_seconds == 120 and report.Row.of(elsewhere).train_seconds is None
+    assert (
+        report.Row.from_run(own).train_seconds == 120 and report.Row.from_run(elsewhere).train_seconds is None
+    )
 
 
 def test_everything_is_json_and_has_words(study):

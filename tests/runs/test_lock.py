@@ -99,7 +99,7 @@ def test_who_was_taken_for_dead_notices_and_leaves_the_other_alone(tmp_path):
     assert late.acquire()
     path.unlink()
     someone_elsewhere(tmp_path, 1)
-    with pytest.raises(LockLost, match="another process took this run over"):
+    with pytest.raises(LockLost, match="another process took over this run"):
         late.check()
     late.release()
     assert path.exists() and late.lost

@@ -114,9 +114,9 @@ def primitives():
     """What ranks do together, and that each hears of an error on any of them; three ranks."""
     with distributed_context("cpu") as ranks:
         rank = ranks.rank
-        total = [list(range(size))[ranks.part(size)] for size in (7, 2, 1)]
+        total = [list(range(size))[ranks.rank_slice(size)] for size in (7, 2, 1)]
         assert total == [[[0, 1, 2], [0], [0]], [[3, 4], [1], []], [[5, 6], [], []]][rank]
-        assert ranks.most(7) == 3 and ranks.place(len(total[0])) == ((0, 3, 5)[rank], 7)
+        assert ranks.max_rank_size(7) == 3 and ranks.batch_offset(len(total[0])) == ((0, 3, 5)[rank], 7)
         a, b = torch.full((2, 2), rank + 1.0), torch.tensor([rank], dtype=torch.int64)
         ranks.sum([a, b])
         assert a.tolist() == [[6.0, 6.0]] * 2 and b.item() == 3
@@ -156,13 +156,13 @@ def check_batch_norm(ranks):
     target = torch.randn(2, 5, 4, 4, generator=generator)
     plain, norm = nn.Sequential(nn.BatchNorm2d(5)), nn.Sequential(nn.BatchNorm2d(5))
     assert adapt_batch_norms(norm, ranks) and norm.state_dict().keys() == plain.state_dict().keys()
-    part = whole[ranks.part(2)].clone().requires_grad_()
+    part = whole[ranks.rank_slice(2)].clone().requires_grad_()
     whole.requires_grad_()
     expected, result = plain(whole), norm(part)
     (expected * target).sum().backward()
-    (result * target[ranks.part(2)]).sum().backward()
-    torch.testing.assert_close(result, expected[ranks.part(2)], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(part.grad, whole.grad[ranks.part(2)], rtol=1e-3, atol=1e-4)
+    (result * target[ranks.rank_slice(2)]).sum().backward()
+    torch.testing.assert_close(result, expected[ranks.rank_slice(2)], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(part.grad, whole.grad[ranks.rank_slice(2)], rtol=1e-3, atol=1e-4)
     gradients = [norm[0].weight.grad, norm[0].bias.grad]
     ranks.sum(gradients)
     torch.testing.assert_close(gradients, [plain[0].weight.grad, plain[0].bias.grad], rtol=1e-3, atol=1e-3)
@@ -183,7 +183,7 @@ def check_sampling(ranks):
         decoder.begin_fit(9, 3, among)
         decoder._quota = 10
         for features, images in batches:
-            own = among.part(len(images))
+            own = among.rank_slice(len(images))
             decoder.partial_fit([features[own]], images[own])
         assert "fitted on 90 locations, a random 28%" in decoder.finalize_fit()[1]
         solved.append(decoder.weight)
@@ -253,8 +253,8 @@ def test_a_study_gives_one_table(tmp_path):
 
 def test_alone_nothing_is_asked_of_anybody():
     with distributed_context() as ranks:
-        assert ranks is SINGLE_PROCESS and ranks.is_main_process and ranks.count == 1
-        assert ranks.part(5) == slice(0, 5) and ranks.place(5) == (0, 5)
+        assert ranks is SINGLE_PROCESS and ranks.is_main_process and ranks.world_size == 1
+        assert ranks.rank_slice(5) == slice(0, 5) and ranks.batch_offset(5) == (0, 5)
 
 
 def test_more_devices_than_there_are_is_an_error(capsys):

@@ -78,7 +78,9 @@ def test_a_image_out_of_range_stops_the_run_and_is_named(
 
 def test_a_test_image_in_training_stops_the_run(sample_images, cache, tmp_path, data, monkeypatch):
     check_split(data)
-    test = ImageSet(["new", "same"], [data.test.content[0], data.train.content[5]], data.test.blob, 32)
+    test = ImageSet(
+        ["new", "same"], [data.test.content_digests[0], data.train.content_digests[5]], data.test.blob, 32
+    )
     leaking = replace(data, test=test)
     with pytest.raises(AfterimageError, match=f"test image same is also training image {data.train.ids[5]}"):
         check_split(leaking)

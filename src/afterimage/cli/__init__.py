@@ -74,11 +74,11 @@ def command_line() -> Iterator[None]:
         try:
             yield
         except AfterimageError as error:
-            if not getattr(error, "elsewhere", False):
+            if not getattr(error, "reported_by_other_rank", False):
                 print_error("afterimage", error)
             raise SystemExit(1) from None
         except KeyboardInterrupt as stopped:
-            if not getattr(stopped, "elsewhere", False):
+            if not getattr(stopped, "reported_by_other_rank", False):
                 told = "stopped; what is done is kept, the same command goes on from there"
                 print_lines(f"\nafterimage: {told}", error=True)
             raise SystemExit(getattr(stopped, "code", 130)) from None

@@ -68,7 +68,7 @@ class App:
         try:
             threading.Event().wait()
         except KeyboardInterrupt as stopped:
-            stopped.elsewhere = True  # no message: there is nothing to resume
+            stopped.reported_by_other_rank = True  # no message: there is nothing to resume
             raise
         finally:
             page.close(verbose=False)

@@ -92,7 +92,7 @@ class Audit:
         from afterimage.report.audit.verdict import judge
 
         config = self.resolved()
-        root = self.output_dir or Path("runs") / f"audit-{Path(config.subject.replace(':', '-')).name}"
+        root = self.output_dir or Path("runs") / f"audit-{Path(config.target_name.replace(':', '-')).name}"
         check_folder(root, "--output-dir")
         with Display() as display:
             results = run_audit(config, root, cache=self.cache, accelerator=self.device, progress=display)
@@ -122,7 +122,7 @@ class Audit:
             attackers["estimate"] = replace(base.attackers.estimate, images=self.estimate_images)
         data = replace(base.data, **specified_options(self, "test", "limit_test", source="data"))
         settings = specified_options(self, "layers", "defences", "weights", "prediction", "seed", "lpips") | {
-            "data": data.asked(self.size, self.resize),
+            "data": data.with_overrides(self.size, self.resize),
             "attackers": replace(base.attackers, **attackers),
             "limits": replace(base.limits, **specified_options(self, "max_ssim", "max_identification")),
             "recipe": replace(base.recipe, **specified_options(self, "epochs")),

@@ -57,7 +57,7 @@ class Extract:
         images = specified_options(
             self, "test", "limit_train", "limit_validation", "limit_test", source="data"
         )
-        data = DataConfig(**images).sized(self.size, self.resize)
+        data = DataConfig(**images).with_size(self.size, self.resize)
         wanted = Extraction(
             self.sources, data, self.split, self.weights, self.seed, self.dtype, self.shard_images,
             self.batch_size,

@@ -152,7 +152,9 @@ class Invert:
         from afterimage.models.reconstructor import MultiEncoder
 
         named = self.data or "photographs"
-        data = at_native_size(DataConfig(named, named, limit_test=self.max_images).asked(self.size), sources)
+        data = at_native_size(
+            DataConfig(named, named, limit_test=self.max_images).with_overrides(self.size), sources
+        )
         if files:
             inputs = from_files(files, resize=data.resize, crop=data.crop)
         else:
@@ -175,12 +177,12 @@ class Invert:
         from afterimage.report.rows import Row
 
         # Decoders of the same layer share one inversion from grey.
-        made = [Row.of(folder) for folder in {folder.path: folder for folder in folders}.values()]
+        made = [Row.from_run(folder) for folder in {folder.path: folder for folder in folders}.values()]
         print_bounds(made)
         if each:
             for row in made[0].per_image:
                 lines = image_lines({name: row[name] for name in METRICS}, made[0].lpips)
                 print_lines(f"{row['id']}: {', '.join(lines)}; feature loss {row['feature_loss']:.3g}")
-        done = [Row.of(run) for run in scan(self.output_dir) if run.state == "done"]
+        done = [Row.from_run(run) for run in scan(self.output_dir) if run.state == "done"]
         written = write_bounds([row for row in done if row.kind == "inversion"], self.output_dir)
         print_lines(*map(printable_path, [*written, *(row.run.path for row in made)]))

@@ -157,7 +157,7 @@ def _describe_weights(run: Run) -> str:
     from afterimage.report.publish import public_source
 
     result, data = run.result, run.result.data
-    if result.trained_elsewhere:
+    if result.is_imported:
         return f"{result.label}, trained elsewhere ({run.name})"
     how = "trained" if result.training.epochs else "fitted"
     images = f"{data.train:,} images of {public_source(data.source)} (digest {data.digest[:12]})"

@@ -200,7 +200,7 @@ class Study:
             changed["parameters"] = parse_count(self.parameters, "--parameters")
         return replace(
             study,
-            data=replace(study.data.asked(self.size, self.resize, self.protocol), **data),
+            data=replace(study.data.with_overrides(self.size, self.resize, self.protocol), **data),
             recipe=replace(study.recipe, **recipe),
             rows=tuple(rows),
             controls=self.controls or study.controls,

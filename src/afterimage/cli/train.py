@@ -113,7 +113,7 @@ class Train:
         images = specified_options(
             self, "test", "limit_train", "limit_validation", "limit_test", source="data"
         )
-        data = DataConfig(**images).asked(self.size, self.resize, self.protocol)
+        data = DataConfig(**images).with_overrides(self.size, self.resize, self.protocol)
         families = {name: decoder_family(name) for name in self.decoders}  # before any image is read
         if self.fusion and self.fusion not in FUSIONS:
             raise unknown_choice_error("fusion", self.fusion, FUSIONS)

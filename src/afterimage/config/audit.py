@@ -25,7 +25,8 @@ from afterimage.config.toml import to_dict
 BLACK_BOX, WHITE_BOX = THREAT_MODELS = ("black-box", "white-box")
 """Threat models: a black-box attacker has only features and images, a white-box one also the encoder's weights."""
 DECODED, REFINED, ESTIMATE = "decoded", "refined", "best estimate"
-"""An attacker's answers: the decoder's, that of a search from there (white-box), and the best estimate from either."""
+"""Kinds of reconstruction that an attacker is scored on: the decoder's own, the refined one (white-box only), and the
+best estimate from either."""
 DEFENCES = ("none", "noise:0.5", "int8", "1bit", "topk:0.1", "pca:8")
 """Default defences of an audit."""
 
@@ -58,7 +59,7 @@ class AttackersConfig:
 
     In the threat model `black-box` an attacker trains a decoder on defended features. In `white-box` it also has the
     encoder's weights and refines each reconstruction by optimisation. Either attacker then learns best estimates from
-    its own images; they are scored in addition to the answers that they start from.
+    its own images; they are scored in addition to the reconstructions that they start from.
 
     Attributes:
         decoders: names of decoder families, or `python/FILE.py:factory`
@@ -94,8 +95,8 @@ class AttackersConfig:
         object.__setattr__(self, "data", absolute_source(self.data))
         object.__setattr__(self, "decoders", tuple(map(absolute_model, self.decoders)))
 
-    def answers(self, threat_model: str) -> tuple[str, ...]:
-        """Return an attacker's answers: `DECODED` or `REFINED`, and `ESTIMATE` unless best estimates are left out."""
+    def result_kinds(self, threat_model: str) -> tuple[str, ...]:
+        """Return the kinds of an attacker's reconstructions: `DECODED` or `REFINED`, then `ESTIMATE` if asked for."""
         first = DECODED if threat_model == BLACK_BOX else REFINED
         return (first, ESTIMATE) if self.estimate.images else (first,)
 
@@ -139,7 +140,7 @@ class AuditConfig:
         named = [name for name in ("model", "pairs") if getattr(self, name)]
         if len(named) != 1:
             raise AfterimageError(
-                "an audit is of one thing: [PROVIDER/]MODEL, or --feature-store FILE; "
+                "an audit has one target: [PROVIDER/]MODEL, or --feature-store FILE; "
                 f"got {' and '.join(named) or 'none'}"
             )
         if not self.layers and not self.pairs:
@@ -154,7 +155,7 @@ class AuditConfig:
             )
         if self.pairs and self.attackers.data:
             raise AfterimageError(
-                "stored pairs cannot be attacked with images from elsewhere: there is no encoder"
+                "a feature store cannot be attacked with other images: computing their features needs the encoder"
             )
         if self.pairs and self.recipe.augment:  # features are of unaugmented images
             object.__setattr__(self, "recipe", replace(self.recipe, augment=False))
@@ -166,7 +167,7 @@ class AuditConfig:
         object.__setattr__(self, "model", absolute_model(self.model))
 
     @property
-    def subject(self) -> str:
+    def target_name(self) -> str:
         """`model` or `pairs`, whichever is given."""
         return self.model or self.pairs
 

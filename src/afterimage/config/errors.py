@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MAX_NAME_LENGTH = 200
-"""Number of characters of an unknown name that are compared and shown: comparing takes quadratic time."""
+"""Longest name, in characters, that is compared with valid ones and shown in full: comparing takes quadratic time."""
 
 MAX_SEED = 2**63 - 1
 """Largest seed: TOML's largest integer, which every random generator accepts."""
@@ -38,15 +38,15 @@ def unknown_choice_error(kind: str, name: str, valid: Iterable[str], *, limit: i
     return AfterimageError(f"unknown {kind} {name!r}{hint} Valid: {listed}")
 
 
-def join_names(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
-    """Join at most `most` names: `a, b, c and 5 more`."""
-    more, end = len(names) - most, " " if between == ", " else between
-    return between.join(names[:most]) + (f"{end}and {more:,} more" if more > 0 else "")
+def join_names(names: Sequence[str], most: int = 8, separator: str = ", ") -> str:
+    """Join at most `most` names by a separator: `a, b, c and 5 more`."""
+    more, end = len(names) - most, " " if separator == ", " else separator
+    return separator.join(names[:most]) + (f"{end}and {more:,} more" if more > 0 else "")
 
 
-def format_count(number: int, noun: str, several: str = "") -> str:
-    """Return a number with its noun, as in `1 run` or `1,200 runs`; `several` is an irregular plural."""
-    return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, as in `1 run` or `1,200 runs`; `plural` is an irregular plural."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def printable_path(path: str | Path) -> str:

@@ -62,13 +62,13 @@ class Protocol:
         resize: pixels of an image's shorter side after resizing
         crop: side of the centre crop in pixels
         layers: layers that may be decoded; empty for any
-        missing: the protocol's metrics that are not measured here, each with the reason
+        unavailable_metrics: the protocol's metrics that are not measured here, each with the reason
     """
 
     resize: int
     crop: int
     layers: tuple[str, ...] = ()
-    missing: Mapping[str, str] = field(default_factory=dict)
+    unavailable_metrics: Mapping[str, str] = field(default_factory=dict)
 
 
 PROTOCOLS = {
@@ -141,7 +141,7 @@ class DataConfig:
             if min(size) > self.resize:
                 raise AfterimageError(f"crop ({text}) must not be larger than resize ({self.resize})")
         if self.protocol is not None:
-            self._follow(self.protocol)
+            self._apply_protocol(self.protocol)
         check_fraction(self, "validation_fraction", "test_fraction")
         check_range("split_seed", self.split_seed, 0, MAX_SEED)
         check_positive(self, "limit_train", "limit_validation", "limit_test", most=MAX_IMAGES)
@@ -166,21 +166,21 @@ class DataConfig:
         short = min(height, width)
         return self.resize * height // short, self.resize * width // short
 
-    def sized(self, crop: int | str, resize: int | None = None) -> DataConfig:
-        """Return these settings with crops of another size.
+    def with_size(self, crop: int | str, resize: int | None = None) -> DataConfig:
+        """Return a copy of these settings with crops of another size.
 
-        Without `resize`, that is these settings' own, or as much as the crop needs if that is more.
+        Without `resize`, the copy keeps that of these settings, raised to the crop's shorter side if it is smaller.
         """
         if resize is None:
             resize = self.resize if crop == NATIVE else max(self.resize, min(size_pair(crop, "size")))
         return replace(self, crop=crop, resize=resize)
 
-    def asked(self, size: str = "", resize: int | None = None, protocol: str = "") -> DataConfig:
-        """Return these settings with the options of a command line; empty text and None change nothing.
+    def with_overrides(self, size: str = "", resize: int | None = None, protocol: str = "") -> DataConfig:
+        """Return a copy of these settings with options of a command line; empty text and None keep a setting.
 
         Args:
             size: see `crop`
-            resize: see the attribute; None for these settings' own, or as much as `size` needs
+            resize: see the attribute; None as in `with_size`
             protocol: see the attribute
 
         Raises:
@@ -188,7 +188,7 @@ class DataConfig:
         """
         protocol, data = protocol or self.protocol or "", replace(self, protocol=None)
         if size or resize is not None:
-            data = data.sized(size or data.crop, resize)
+            data = data.with_size(size or data.crop, resize)
         if not protocol:
             return data
         data = replace(data, protocol=protocol)
@@ -197,7 +197,7 @@ class DataConfig:
                 raise AfterimageError(f"protocol {protocol} has {key} {getattr(data, key)}, got {value}")
         return data
 
-    def _follow(self, name: str) -> None:
+    def _apply_protocol(self, name: str) -> None:
         check_choice("protocol", name, PROTOCOLS)
         for key in ("resize", "crop"):
             value, default = getattr(PROTOCOLS[name], key), getattr(PROTOCOLS["study"], key)

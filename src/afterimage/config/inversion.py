@@ -60,9 +60,9 @@ class InvertConfig:
             weights of an untrained network)
         optimizer: `adam` or `lbfgs`
         steps: number of forward and backward passes through the encoder, which cost the same with both optimizers; the
-            maximum when the search starts from a decoder's answer
-        held_out: number of validation images on which the number of passes from a decoder's answer is chosen, for the
-            lowest LPIPS (the highest PSNR if LPIPS is unavailable); 0, or `adam`, takes `steps`
+            maximum when the search starts from a decoder's reconstruction
+        held_out: number of validation images on which the number of passes of such a search is chosen, for the lowest
+            LPIPS (the highest PSNR if LPIPS is unavailable); 0, or `adam`, takes `steps`
         learning_rate: Adam's learning rate, or the size of L-BFGS's first step; None takes the method's own
         starts: number of starts for each image; the result with the nearest features is kept
         jitter: largest random shift of the image before each pass, in pixels; with Adam only
@@ -158,13 +158,13 @@ class InversionConfig(HashedConfig):
         object.__setattr__(self, "weights", absolute_weights(self.weights))
 
     @property
-    def answer(self) -> str:
-        """Kind of answer: `estimate` (least error), `refined` (best fit, from a decoder), `inversion` (from grey)."""
+    def result_kind(self) -> str:
+        """Kind of image: `estimate` (best estimate), `refined` (from a decoder) or `inversion` (from grey)."""
         if self.estimate:
             return "estimate"
         return "refined" if self.start else "inversion"
 
     @property
     def name(self) -> str:
-        """Name of the run folder: the sources, the kind of answer, and eight digits of the hash."""
-        return folder_name([*self.sources, self.answer], self.digest)
+        """Name of the run folder: the sources, the kind of image, and eight digits of the hash."""
+        return folder_name([*self.sources, self.result_kind], self.digest)

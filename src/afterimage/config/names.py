@@ -117,7 +117,7 @@ def _working_folder() -> str:
     try:
         return os.getcwd()
     except OSError as error:
-        raise AfterimageError(f"the working folder is gone: {error.strerror}") from None
+        raise AfterimageError(f"the working folder no longer exists: {error.strerror}") from None
 
 
 def local_path(path: str) -> str:

@@ -18,8 +18,8 @@ from afterimage.config import AfterimageError, DataConfig, join_names
 from afterimage.data.decode import BadImage, examine, load_image, resize_to_cover, size_notes, value_notes
 from afterimage.data.duplicates import SPLIT_NAMES, check_copies, near_duplicates
 from afterimage.data.images import Data, ImageSet, StreamedImages, content_digest, crops_digest
+from afterimage.data.originals import Content, FileDigests, Original, broken_images_error
 from afterimage.data.pixel_cache import load_or_decode
-from afterimage.data.records import Content, FileDigests, Original, broken_images_error
 from afterimage.data.sampling import centre_crop_positions, fitting_sides, shuffled, split
 from afterimage.data.sources import read_source
 from afterimage.runtime.distributed import on_main_process
@@ -67,7 +67,7 @@ def load_data(
     found += _image_notes(dict(zip(SPLIT_NAMES, images, strict=True)), config.resize)
     _warn(found)
     notes = check_copies([part for listing in listings for part in listing.parts], images) + found
-    data = Data(config, *images, content_digest(config, [part.content for part in images]))
+    data = Data(config, *images, content_digest(config, [part.content_digests for part in images]))
     near = near_duplicates(data, folder)
     _warn(near)
     return replace(data, notes=(*notes, *near))
@@ -83,7 +83,7 @@ def load_test_images(
     """Load the test images of a config whose `test` names a separate source, and notes on them.
 
     The training images may be missing: a note then says that they could not be searched for copies of test images.
-    With `training` unset they are not looked at, for measurements without training. The other arguments are those of
+    With `training` unset they are not read, for measurements without training. The other arguments are those of
     `load_data`.
 
     Raises:
@@ -100,7 +100,7 @@ def load_test_images(
         others = _training_listing(config, folder, progress)
         images = _images(others, config, folder, progress)
     except AfterimageError as error:
-        notes.append(f"whether a test image was also trained on could not be looked at: {error}")
+        notes.append(f"it could not be checked whether a test image is also a training image: {error}")
     else:
         notes += check_copies([*others.parts, *own.parts], [*images, test])
         notes += near_duplicates(Data(config, *images, test, digest=""), folder)
@@ -164,7 +164,9 @@ def _training_listing(config: DataConfig, folder: Path, progress: Progress) -> _
         folders = f"{len(source.pooled):,} folders, {join_names(source.pooled)},"
         notes.append(f"the images of {folders} are pooled and split at random")
     if own and source.test is None and source.validation is not None:
-        notes.append("nothing is named as test images: they are drawn at random from the training images")
+        notes.append(
+            "no folder or split is named as a test split: test images are drawn at random from the training images"
+        )
     fractions = config.validation_fraction, config.test_fraction if own else None
     parts = split(config.source, source, *fractions, config.split_seed)[: 2 + own]
     limits = config.limit_train, config.limit_validation, config.limit_test
@@ -176,7 +178,7 @@ def _test_listing(config: DataConfig, folder: Path, progress: Progress) -> _List
     source = read_source(config.test, {"test"}, folder, progress)
     notes = list(source.notes)
     if source.test is None and source.validation is not None:
-        notes.append("nothing in their source is named so; those that are named as training images are taken")
+        notes.append("their source has no test split; its training images are used")
     test = shuffled(source.train if source.test is None else source.test, config.split_seed)
     return _Listing([test[: config.limit_test]], source.root, [f"test images: {note}" for note in notes])
 
@@ -187,12 +189,12 @@ def _warn(notes: Sequence[str]) -> None:
             logger.warning("%s", note)
 
 
-def _image_notes(named: Mapping[str, ImageSet], size: int) -> list[str]:
+def _image_notes(parts: Mapping[str, ImageSet], size: int) -> list[str]:
     """Return notes on the range of values and the sizes of images, and on those that are streamed."""
-    kept = {name: part.facts for name, part in named.items() if not part.streamed}
-    sides = {name: part.sides for name, part in named.items()}
+    kept = {name: part.facts for name, part in parts.items() if not part.streamed}
+    sides = {name: part.sides for name, part in parts.items()}
     notes = (value_notes(kept) if kept else []) + size_notes(sides, size)
-    if streamed := sum(len(part) for part in named.values() if part.streamed):
+    if streamed := sum(len(part) for part in parts.values() if part.streamed):
         notes.append(
             f"{streamed:,} images were streamed: decoded each time they were used, found to be images by their "
             "first bytes before; one that could not be decoded would have stopped the run. The range of their values "

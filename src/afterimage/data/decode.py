@@ -288,8 +288,8 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 MAX_NARROW_RANGE = 64
-"""Largest span of values, of 0 to 255, that counts as narrow: a quarter of the range, over which an error that is the
-same share of the contrast scores 12 dB higher. Photographs span twice as much: the narrowest of 900 spans 139."""
+"""Largest range of an image's values, of 0 to 255, that counts as narrow: a quarter of the full one, at which an error
+of the same share of the contrast scores 12 dB higher. Photographs use more: the narrowest of 900 has a range of 139."""
 MAX_DRAWING_LEVELS = 16
 """Largest number of different values (4 bits) for which an image counts as a mask or drawing, not a photograph."""
 
@@ -333,7 +333,7 @@ def value_notes(parts: Mapping[str, Int[np.ndarray, "_ 6"]]) -> list[str]:
     )  # smaller images have few values anyway
     notes = []
     if flat.any():
-        notes.append(f"of one colour each, with nothing to bring back: {_share(flat, parts)}")
+        notes.append(f"of a single colour, in which there is nothing to reconstruct: {_share(flat, parts)}")
     if narrow.any():
         gain = 20 * math.log10(255 / np.median(span[narrow]))
         notes.append(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from afterimage.config import AfterimageError, join_names, printable_path
 from afterimage.data.images import Data, ImageSet, content_digest
-from afterimage.data.records import Original
+from afterimage.data.originals import Original
 from afterimage.runs.files import read_json, write_json
 
 logger = logging.getLogger("afterimage")
@@ -66,8 +66,8 @@ def check_copies(parts: Sequence[Sequence[Original]], images: Sequence[ImageSet]
         ]
         told = join_names(lines, SHOWN_COPIES, "\n  ")
         raise AfterimageError(
-            f"{len(leaks)} of the test images are trained or validated on too, which would falsify all "
-            f"scores; take one of each pair out:\n  {told}"
+            f"{len(leaks)} of the test images are also training or validation images, which would falsify all "
+            f"scores; remove one image of each pair:\n  {told}"
         )
     notes = [
         f"exact copies of other images among the {len(images[part])} {SPLIT_NAMES[part]} images: {copies[part]}"
@@ -85,18 +85,18 @@ def shared_indices(images: ImageSet, others: ImageSet) -> Int64[np.ndarray, " sh
 
 
 def _keys(digests: np.ndarray) -> np.ndarray:
-    """Return the first 64 of 256 bits: two of a million images share them by chance once in 40 million data sets."""
+    """Return the first 64 bits of each digest: only one of 40 million data sets of a million images has two alike."""
     return np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)
 
 
 def _pixel_keys(images: ImageSet) -> np.ndarray:
     """Return a number for each image: equal for equal pixels, and nearly always different for different ones."""
-    slots = [images.blob.slots[content] for content in images.content]
+    slots = [images.blob.slots[content] for content in images.content_digests]
     return np.array([(s.crc << 32) ^ (s.height << 16) ^ s.width for s in slots], np.uint64)
 
 
 def _pixels(images: ImageSet, index: int | np.integer) -> np.ndarray:
-    return images.blob.image(images.content[index])
+    return images.blob.image(images.content_digests[index])
 
 
 def check_split(data: Data) -> None:
@@ -107,7 +107,7 @@ def check_split(data: Data) -> None:
     """
     for name, images in (("training", data.train), ("validation", data.validation)):
         for place in shared_indices(images, data.test)[:1]:
-            tested = data.test.ids[data.test.content.index(images.content[place])]
+            tested = data.test.ids[data.test.content_digests.index(images.content_digests[place])]
             raise AfterimageError(
                 f"test image {tested} is also {name} image {images.ids[place]}, which would falsify all scores"
             )
@@ -135,7 +135,7 @@ def near_duplicates(data: Data, cache: Path | None = None) -> list[str]:
     if any(part.streamed for part in (data.train, data.validation, data.test)):
         return ["near-duplicates of test images were not looked for, since images are streamed"]
     parts = (data.train, data.validation, data.test)
-    digest = content_digest(data.config, [part.content for part in parts])
+    digest = content_digest(data.config, [part.content_digests for part in parts])
     named = f"{digest}-{MAX_HASH_DISTANCE}-{MAX_THUMBNAIL_RMS:g}.json"
     path = None if cache is None else cache / "near-duplicates" / named
     pairs = None if path is None or not path.exists() else _read_cached_pairs(path, data)
@@ -156,7 +156,7 @@ def _read_cached_pairs(path: Path, data: Data) -> list[tuple[int, int, int]] | N
         pairs = [tuple(map(operator.index, pair)) for pair in read_json(path)["pairs"]]
         sizes = (len(data.train), len(data.validation))
         if not all(p in (0, 1) and i in range(len(data.test)) and j in range(sizes[p]) for p, i, j in pairs):
-            raise ValueError("a pair is of images that there are not")
+            raise ValueError("a pair names an image that does not exist")
         return pairs
     except (AfterimageError, LookupError, TypeError, ValueError) as error:
         logger.warning(

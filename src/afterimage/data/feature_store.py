@@ -67,12 +67,12 @@ class FeatureStore:
         path: path of the store
         facts: metadata of the extraction; None if the files have none
         ids: names of the images; their numbers as six digits if the files have no ids
-        named: whether the files have ids
+        has_ids: whether the files have ids
         image_size: height and width of the images in pixels
         specs: shape and placement of the features by layer
-        kinds: description of the stored shape by layer, such as "taken as vectors (N, C)"
+        layout_descriptions: description of the stored shape by layer, such as "taken as vectors (N, C)"
         digest: SHA-256 over the digests of the files
-        content: SHA-256 of the pixels of each image
+        content_digests: SHA-256 of the pixels of each image
     """
 
     def __init__(self, path: Path, parts: Sequence[_Part], facts: StoreMetadata | None, digest: str) -> None:
@@ -80,20 +80,20 @@ class FeatureStore:
         self._parts = list(parts)
         self._ends = np.cumsum([len(part.images) for part in parts])
         self.ids = [one for part in parts for one in part.ids or ()]
-        self.named = bool(self.ids)
-        if not self.named:
+        self.has_ids = bool(self.ids)
+        if not self.has_ids:
             self.ids = [f"{i:06}" for i in range(self._ends[-1])]
         _check_alike(parts)
         height, width = (int(side) for side in parts[0].images.shape[-2:])
         self.image_size = (height, width)
         known = {} if facts is None else {found.layer: found for found in facts.features}
         self.specs: dict[str, FeatureSpec] = {}
-        self.kinds: dict[str, str] = {}
+        self.layout_descriptions: dict[str, str] = {}
         self._layouts: dict[str, Layout] = {}
         for layer, values in parts[0].features.items():
             name, shape = f"{printable_path(path)}: {layer_key(layer)}", (len(self.ids), *values.shape[1:])
             found = known.get(layer)
-            own, self.kinds[layer], self._layouts[layer] = _infer_layout(name, shape, found)
+            own, self.layout_descriptions[layer], self._layouts[layer] = _infer_layout(name, shape, found)
             source = f"{printable_path(path.name)}:{layer}"
             self.specs[layer] = found.spec if found else FeatureSpec(source, *own)
 
@@ -101,24 +101,26 @@ class FeatureStore:
         return len(self.ids)
 
     @cached_property
-    def content(self) -> list[str]:
+    def content_digests(self) -> list[str]:
         return [hashlib.sha256(image.tobytes()).hexdigest() for part in self._parts for image in part.images]
 
     def images(self, rows: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "batch 3 height width"]:
         """Return the images at `rows`."""
         found = np.empty((len(rows), 3, *self.image_size), np.uint8)
-        for part, places, inside in self._located(rows):
+        for part, places, inside in self._locate_rows(rows):
             found[places] = part.images[inside]
         return found
 
     def features(self, layer: str, rows: Sequence[int] | np.ndarray) -> Float[Tensor, "batch _ _ _"]:
         """Return a layer's features of the images at `rows`: `(B, C, h, w)` float32."""
         found = torch.empty(len(rows), *self.specs[layer].shape)
-        for part, places, inside in self._located(rows):
+        for part, places, inside in self._locate_rows(rows):
             found[torch.from_numpy(places)] = self._layouts[layer](_float32(part.features[layer], inside))
         return found
 
-    def _located(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[_Part, np.ndarray, np.ndarray]]:
+    def _locate_rows(
+        self, rows: Sequence[int] | np.ndarray
+    ) -> Iterator[tuple[_Part, np.ndarray, np.ndarray]]:
         """Yield each part that holds some of the rows, with their indices in `rows` and in the part."""
         rows = np.asarray(rows, np.int64)
         numbers = np.searchsorted(self._ends, rows, side="right")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from afterimage.config import AfterimageError, DataConfig, size_pair, size_text
 from afterimage.data.decode import DIGEST_VERSION, resize_to_cover
+from afterimage.data.originals import Original
 from afterimage.data.pixel_cache import PixelStore
-from afterimage.data.records import Original
 from afterimage.data.sampling import centre_crop_positions, fitting_sides, random_crop_positions
 from afterimage.runs.results import DataFacts
 from afterimage.runtime.process import available_cpus
@@ -31,7 +31,7 @@ class ImageSet:
 
     Args:
         ids: stable and unique names of the images
-        content: SHA-256 of each image's original, in hexadecimal
+        content_digests: SHA-256 of each image's original, in hexadecimal
         blob: pixels of the images
         size: height and width of the crops in pixels, or the side of square crops
 
@@ -41,15 +41,19 @@ class ImageSet:
     """
 
     ids: Sequence[str]
-    content: Sequence[str]
+    content_digests: Sequence[str]
     streamed: ClassVar[bool] = False
 
     def __init__(
-        self, ids: Sequence[str], content: Sequence[str], blob: PixelStore, size: int | tuple[int, int]
+        self,
+        ids: Sequence[str],
+        content_digests: Sequence[str],
+        blob: PixelStore,
+        size: int | tuple[int, int],
     ) -> None:
-        self.ids, self.content = list(ids), list(content)
+        self.ids, self.content_digests = list(ids), list(content_digests)
         self.blob, self.size = blob, size_pair(size)
-        slots = np.array([blob.slots[c][:3] for c in self.content], np.int64).reshape(-1, 3)
+        slots = np.array([blob.slots[c][:3] for c in self.content_digests], np.int64).reshape(-1, 3)
         self._offsets, self._heights, self._widths = slots.T
 
     def __len__(self) -> int:
@@ -58,12 +62,12 @@ class ImageSet:
     @property
     def digests(self) -> UInt8[np.ndarray, "n 32"]:
         """Digests of the images' contents, as bytes."""
-        return np.frombuffer(bytes.fromhex("".join(self.content)), np.uint8).reshape(-1, 32)
+        return np.frombuffer(bytes.fromhex("".join(self.content_digests)), np.uint8).reshape(-1, 32)
 
     @property
     def facts(self) -> Int64[np.ndarray, "n 6"]:
-        """`Facts` of each image before it was resized."""
-        return np.array([self.blob.slots[c].facts for c in self.content], np.int64).reshape(-1, 6)
+        """`ImageStatistics` of each image before it was resized."""
+        return np.array([self.blob.slots[c].facts for c in self.content_digests], np.int64).reshape(-1, 6)
 
     @property
     def sides(self) -> Int64[np.ndarray, " n"]:
@@ -72,28 +76,30 @@ class ImageSet:
 
     def subset(self, indices: np.ndarray) -> ImageSet:
         """Return a set of the images at `indices`."""
-        ids, content = ([values[i] for i in indices] for values in (self.ids, self.content))
-        return ImageSet(ids, content, self.blob, self.size)
+        ids, digests = ([values[i] for i in indices] for values in (self.ids, self.content_digests))
+        return ImageSet(ids, digests, self.blob, self.size)
 
-    def joined(self, other: ImageSet) -> ImageSet:
+    def concat(self, other: ImageSet) -> ImageSet:
         """Return a set of these images followed by the ones of another split of the same source."""
-        return ImageSet([*self.ids, *other.ids], [*self.content, *other.content], self.blob, self.size)
+        return ImageSet(
+            [*self.ids, *other.ids], [*self.content_digests, *other.content_digests], self.blob, self.size
+        )
 
-    def whole(self, index: int) -> UInt8[Tensor, "3 height width"]:
+    def full_image(self, index: int) -> UInt8[Tensor, "3 height width"]:
         """Return the whole image at `index`, values 0 to 255."""
         return torch.from_numpy(self._pixels(index).copy())
 
     def _pixels(self, index: int) -> np.ndarray:
         """Return image `index` after resizing, `(3, height, width)` uint8."""
-        return self.blob.image(self.content[index])
+        return self.blob.image(self.content_digests[index])
 
     def crops(
         self, indices: Indices, *, seed: int | None = None, epoch: int = 0, device: str | torch.device = "cpu"
     ) -> Float[Tensor, "batch 3 height width"]:
         """Return crops of the images at `indices`.
 
-        Random crops are flipped with probability 1/2. Place and flip are a pure function of seed, epoch and index,
-        independent of batches and processes.
+        Random crops are flipped with probability 1/2. The position and the flip of a crop are a pure function of seed,
+        epoch and index, independent of batches and processes.
 
         Args:
             indices: indices of the images
@@ -111,11 +117,11 @@ class ImageSet:
         heights, widths = self._heights[indices], self._widths[indices]
         top, left, flip = self._places(indices, heights, widths, seed, epoch)
         device = torch.device(device)
-        if device.type != "cpu" and (pixels := self.blob.on(device)) is not None:
+        if device.type != "cpu" and (pixels := self.blob.to_device(device)) is not None:
             starts = self._offsets[indices] + top * widths + left
             return gather_crops(pixels, starts, heights, widths, flip, self.size).to(torch.float32).div_(255)
         places = zip(indices.tolist(), top, left, flip, strict=True)
-        return self._placed([self._cut(self._pixels(i), *place) for i, *place in places], device)
+        return self._to_device([self._cut(self._pixels(i), *place) for i, *place in places], device)
 
     def batches(
         self,
@@ -147,7 +153,7 @@ class ImageSet:
         crop = image[:, top : top + height, left : left + width]
         return np.ascontiguousarray(crop[:, :, ::-1]) if flip else crop
 
-    def _placed(self, crops: Sequence[np.ndarray], device: str | torch.device) -> Tensor:
+    def _to_device(self, crops: Sequence[np.ndarray], device: str | torch.device) -> Tensor:
         """Return uint8 crops as float32 in [0, 1] on a device."""
         device = torch.device(device)
         if device.type == "cpu":
@@ -223,7 +229,7 @@ class StreamedImages(ImageSet):
         self._digests, self._sides = digests, sides
 
     @property
-    def content(self) -> list[str]:
+    def content_digests(self) -> list[str]:
         return [digest.tobytes().hex() for digest in self._digests]
 
     @property
@@ -238,7 +244,7 @@ class StreamedImages(ImageSet):
         originals = [self.originals[i] for i in indices]
         return StreamedImages(originals, self._digests[indices], self._sides[indices], self.box, self.size)
 
-    def joined(self, other: StreamedImages) -> StreamedImages:
+    def concat(self, other: StreamedImages) -> StreamedImages:
         both = ([a, b] for a, b in ((self._digests, other.digests), (self._sides, other.sides)))
         return StreamedImages(
             [*self.originals, *other.originals], *map(np.concatenate, both), self.box, self.size
@@ -270,7 +276,7 @@ class StreamedImages(ImageSet):
             return np.ascontiguousarray(self._cut(image, top[0], left[0], flip[0]))
 
         def stacked(crops: list[Future[np.ndarray]]) -> Tensor:
-            return self._placed([crop.result() for crop in crops], device)
+            return self._to_device([crop.result() for crop in crops], device)
 
         waiting: deque[list[Future[np.ndarray]]] = deque()
         with ThreadPoolExecutor(available_cpus()) as pool:
@@ -288,7 +294,7 @@ class StreamedImages(ImageSet):
     def _pixels(self, index: int) -> np.ndarray:
         original, content = self.originals[index], self._digests[index].tobytes().hex()
         try:
-            image = resize_to_cover(original.decoded(max(self.box), content), self.box)
+            image = resize_to_cover(original.decode_image(max(self.box), content), self.box)
             return np.asarray(image).transpose(2, 0, 1)
         except AfterimageError:
             raise
@@ -321,7 +327,7 @@ class Data:
     @property
     def test_digest(self) -> str:
         """Digest of the test images and their crops; runs with equal test digests can be compared."""
-        return crops_digest(self.config, self.test.content)
+        return crops_digest(self.config, self.test.content_digests)
 
     def describe(self) -> DataFacts:
         """Return the facts about the images that a run's result records."""

@@ -23,7 +23,7 @@ import torch
 from afterimage.config import AfterimageError, printable_path, size_text
 from afterimage.data import decode
 from afterimage.data.decode import ImageStatistics, examine
-from afterimage.data.records import Original
+from afterimage.data.originals import Original
 from afterimage.runs.files import atomic_file, remove_temporary_files
 from afterimage.runs.lock import LockUnavailable, hold_lock
 from afterimage.runtime.process import parallel_map
@@ -73,11 +73,11 @@ class PixelStore:
         offset, height, width, *_ = self.slots[content]
         return self.pixels[offset : offset + 3 * height * width].reshape(3, height, width)
 
-    def sound(self, content: str) -> bool:
+    def has_valid_checksum(self, content: str) -> bool:
         """Return whether an image's pixels have the stored checksum."""
         return zlib.crc32(self.image(content)) == self.slots[content].crc
 
-    def on(self, device: torch.device) -> torch.Tensor | None:
+    def to_device(self, device: torch.device) -> torch.Tensor | None:
         """Return all pixels on a device, copied there once and kept; None if they do not fit."""
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -141,7 +141,7 @@ def load_or_decode(
 def _open(path: Path, wanted: Set[str]) -> PixelStore | None:
     try:
         blob = map_blob(path)
-        if not all(map(blob.sound, blob.slots)):
+        if not all(map(blob.has_valid_checksum, blob.slots)):
             raise CorruptCacheError("its pixels have a wrong checksum")
         # The file lacks images that could not be read when it was written; they may be readable now.
         return blob if wanted <= blob.slots.keys() else None
@@ -165,10 +165,10 @@ def _decoded(
 
     def one(item: tuple[str, Original]) -> tuple[str, np.ndarray, ImageStatistics] | None:
         content, original = item
-        if content in known and known[content].sound(content):
+        if content in known and known[content].has_valid_checksum(content):
             return content, known[content].image(content), known[content].slots[content].facts
         try:
-            whole = original.decoded(max(box), content)
+            whole = original.decode_image(max(box), content)
         except decode.BadImage as error:
             broken[content] = error
             return None
@@ -222,7 +222,7 @@ def write_blob(
 
 
 def map_blob(path: Path) -> PixelStore:
-    """Map a cache file into memory. Only its index is checked, not its pixels (see `Blob.sound`).
+    """Map a cache file into memory. Only its index is checked, not its pixels (see `PixelStore.has_valid_checksum`).
 
     Raises:
         Damaged: length, footer or index are wrong
@@ -235,7 +235,7 @@ def map_blob(path: Path) -> PixelStore:
         file.seek(end)
         start, length, crc, magic = _FOOTER.unpack(file.read())
         if magic != MAGIC or start + length != end:
-            raise CorruptCacheError("it was cut short, or is no file of images")
+            raise CorruptCacheError("it is truncated or not an image cache")
         file.seek(start)
         text = file.read(length)
     if zlib.crc32(text) != crc:

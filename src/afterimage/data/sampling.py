@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from afterimage.config import AfterimageError, format_count, join_names, printable_path, size_pair
-from afterimage.data.records import Original
+from afterimage.data.originals import Original
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Source:
         validation: validation images, or None
         test: test images, or None
         root: folder of the files, or another name of the source
-        notes: remarks on the files that are left out and on how the source is split
+        notes: notes on the files that are left out and on how the source is split
         pooled: folders whose images are pooled because their names give no split
     """
 
@@ -44,13 +44,13 @@ class Source:
 
 
 def shuffled(originals: Sequence[Original], seed: int) -> list[Original]:
-    """Return images in the order of a split: by rank, then by a hash of the seed and the id.
+    """Return images in the order of a split: by priority, then by a hash of the seed and the id.
 
     Raises:
         AfterimageError: two images have the same id
     """
     found = sorted(
-        originals, key=lambda original: (original.rank, split_hash(seed, original.id), original.id)
+        originals, key=lambda original: (original.priority, split_hash(seed, original.id), original.id)
     )
     for first, second in pairwise(found):
         if first.id == second.id:
@@ -74,7 +74,7 @@ def split_off(
 
 
 def split_hash(seed: int, name: str) -> bytes:
-    """Return the SHA-256 of a seed and a name, which decides an image's place in a split."""
+    """Return the SHA-256 of a seed and a name, which decides an image's position in a split."""
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
 
@@ -232,7 +232,7 @@ def random_crop_positions(
     seed: int,
     epoch: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw random crops, uniformly over all places where they fit.
+    """Draw random crops, uniformly over all positions where they fit.
 
     Args:
         heights, widths: sides of each image in pixels

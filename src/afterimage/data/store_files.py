@@ -295,7 +295,7 @@ def read_index(path: Path) -> StoreIndex | None:
     try:
         index = from_dict(StoreIndex, values)
         if outside := [shard.file for shard in index.shards if Path(shard.file).name != shard.file]:
-            raise AfterimageError(f"{outside[0]!r:.200} is no file beside it")
+            raise AfterimageError(f"{outside[0]!r:.200} is not a file in its folder")
         return index
     except AfterimageError as error:
         raise AfterimageError(f"{printable_path(file)}: {error}") from None

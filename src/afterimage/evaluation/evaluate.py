@@ -151,7 +151,7 @@ def evaluate_batches(
             for rows, output in zip(scores, outputs, strict=True):
                 pairs = zip(own[:kept], originals, to_uint8(output[:kept]), strict=True)
                 measured[-1].append(Evaluation(rows, list(pairs)))
-        done += ranks.place(len(indices))[1]
+        done += ranks.batch_offset(len(indices))[1]
         progress("evaluating", done, len(ids))
     results = [Evaluation([], []) for _ in measured[0]]
     for batch in ranks.gather_batches(measured):

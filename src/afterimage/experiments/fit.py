@@ -54,7 +54,7 @@ def fit_run(
     source = resolve_source(source)
     drawn = data.partition(":")[0] == "procedural"
     named = DataConfig(data, test="photographs" if drawn else "", **FIT_LIMITS)
-    images = at_native_size(named.sized(NATIVE), [source])
+    images = at_native_size(named.with_size(NATIVE), [source])
     config = RunConfig((source,), weights, decoder=DecoderConfig(ON_DEMAND_DECODER), data=images, lpips=lpips)
     # An unknown layer raises before any image is read.
     encoder = MultiEncoder(config.sources, weights=weights, image_size=images.size, seed=config.seed)

@@ -188,7 +188,7 @@ class JointRun:
             run.remove_leftovers()
             remove_traceback(run)
             run.set_state("running")
-            run.save_environment(environment() | machine | {"ranks": self.ranks.count})
+            run.save_environment(environment() | machine | {"ranks": self.ranks.world_size})
         if decoder.restore():
             where = f", image {decoder.position}" if decoder.position else ""
             self.context.log(f"{run.name} goes on after epoch {decoder.epoch}{where}")
@@ -262,7 +262,7 @@ class JointRun:
         training = TrainingFacts(
             parameters=decoder.parameters,
             macs=decoder.model.macs([self.encoders.specs[i] for i in decoder.feature_indices]),
-            ranks=self.ranks.count,
+            ranks=self.ranks.world_size,
             seconds=round(decoder.seconds, 2),
             images_seen=decoder.images_seen,
             epochs=decoder.epoch,

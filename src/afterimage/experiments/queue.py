@@ -81,7 +81,7 @@ def train_runs(
             if ranks.is_main_process and claims.finished:
                 review_finished(claims.finished, cache=cache, accelerator=accelerator, progress=progress)
         worker = _Worker(claims, cache, accelerator, progress, keep, checkpoint_seconds)
-        with ranks.raise_on_all_ranks(), graceful_shutdown(ignore_second_signal=ranks.count > 1) as stop:
+        with ranks.raise_on_all_ranks(), graceful_shutdown(ignore_second_signal=ranks.world_size > 1) as stop:
             worker.work(stop, wait=left is None)
     if left is not None:
         left += claims.waiting
@@ -343,7 +343,7 @@ class _Worker:
 
             def progress(what: str, done: int, total: int, **figures: Any) -> None:
                 self.progress(what, done, total, **figures)
-                if ranks.count == 1:
+                if ranks.world_size == 1:
                     stop.check()
 
             self._loaded[config] = ranks.main_process_first(

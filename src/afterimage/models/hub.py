@@ -99,7 +99,7 @@ def _pull(address: str, revision: str | None, *, every: bool) -> list[PulledRun]
 
 def _pull_decoder(repository: str, commit: str, manifest: Manifest, name: str) -> PulledRun:
     """Download and check one decoder; an empty `name` means the only one."""
-    decoder = manifest.choose(name)
+    decoder = manifest.get_decoder(name)
     _check_card(_fetch(repository, commit, CARD), decoder)
     for part in FILES:
         found = _fetch(repository, commit, decoder.file(part))

@@ -33,24 +33,24 @@ class Bound:
     refined: Row | None
 
     @property
-    def found(self) -> Row:
-        """The row `refined`, else `estimate`: its features, weights and images are those of all three."""
+    def reference(self) -> Row:
+        """The row `refined`, or `estimate` if there is none; all rows have the same features, weights and images."""
         return next(row for row in (self.refined, self.estimate) if row)
 
     @property
     def count(self) -> int:
         """Number of test images."""
-        return len(self.found.per_image)
+        return len(self.reference.per_image)
 
     @property
     def decoder_label(self) -> str:
         """Name of the decoder with its variant; empty where the search started from grey."""
         known = self.decoder and isinstance(self.decoder.config, RunConfig)
-        return self.decoder.decoder_label if known else self.found.inversion.start_decoder
+        return self.decoder.decoder_label if known else self.reference.inversion.start_decoder
 
     @property
-    def answers(self) -> dict[str, Row]:
-        """Existing rows by the name of their answer, such as `best estimate`."""
+    def rows_by_name(self) -> dict[str, Row]:
+        """Existing rows by the name of their kind, such as `best estimate`."""
         consistent = "most consistent" if self.decoder else "most consistent, from grey"
         names = (f"decoder {self.decoder_label}", "best estimate", consistent)
         rows = zip(names, (self.decoder, self.estimate, self.refined), strict=True)
@@ -62,9 +62,9 @@ class Bound:
         Where only one of the two exists, it bounds every metric.
         """
         first, second = (self.refined, self.estimate) if metric == "lpips" else (self.estimate, self.refined)
-        return first or second or self.found
+        return first or second or self.reference
 
-    def missed(self, metric: str) -> dict[str, float]:
+    def gap_to_decoder(self, metric: str) -> dict[str, float]:
         """Return the bound's score minus the decoder's by image; empty where either is unknown by image."""
         decoder, bound = self.decoder.values(metric) if self.decoder else {}, self.best(metric).values(metric)
         return {name: bound[name] - value for name, value in decoder.items() if name in bound}
@@ -75,7 +75,7 @@ def bounds_of(rows: Rows) -> tuple[Bound, ...]:
     decoders = {(row.run.name, row.training.decoder_sha256): row for row in rows.decoders if row.training}
 
     def key(row: Row) -> tuple[Any, ...]:
-        return row.sources, row.origin, row.inversion.start, row.data.test_digest, row.lpips.net
+        return row.sources, row.weights_label, row.inversion.start, row.data.test_digest, row.lpips.net
 
     bounds = []
     for group in group_by(rows.inversions, key).values():
@@ -95,7 +95,7 @@ def main_bounds(bounds: Sequence[Bound]) -> tuple[Bound, ...]:
     """Return each decoder's bound on the most images, for figures and verdicts; not bounds from grey."""
     widest: dict[tuple[str, str], Bound] = {}
     for bound in bounds:
-        key = (bound.found.inversion.start, bound.found.origin)
+        key = (bound.reference.inversion.start, bound.reference.weights_label)
         if bound.decoder and (key not in widest or bound.count > widest[key].count):
             widest[key] = bound
     return tuple(widest.values())
@@ -114,16 +114,16 @@ def by_decoder(bounds: Sequence[Bound]) -> dict[str, list[Bound]]:
 def comparison_rows(bounds: Sequence[Bound]) -> tuple[list[Row], list[Row]]:
     """Return decoders on the images of their bounds, and the same rows with the bounds' scores."""
     decoders = [bound for bound in main_bounds(bounds) if bound.decoder.per_image]
-    answers = []
+    bound_rows = []
     for bound in decoders:
         columns = {metric: bound.best(metric).values(metric) for metric in METRICS}
         images = tuple(
             {"id": image["id"], **{metric: values.get(image["id"]) for metric, values in columns.items()}}
-            for image in bound.found.per_image
+            for image in bound.reference.per_image
         )
         scores = {metric: bound.best(metric).scores[metric] for metric in METRICS}
-        answers.append(dataclasses.replace(bound.decoder, per_image=images, scores=scores))
-    return [bound.decoder for bound in decoders], answers
+        bound_rows.append(dataclasses.replace(bound.decoder, per_image=images, scores=scores))
+    return [bound.decoder for bound in decoders], bound_rows
 
 
 PSNR_TOLERANCE = 0.05
@@ -137,7 +137,8 @@ def _alone(found: Row, run: Row | None) -> Row:
     mean PSNR is the same.
     """
     alone, facts, rows = found.inversion.decoder_alone, found.inversion, ()
-    run = run if run and run.origin == found.origin else None  # other weights: not the decoder that was used
+    # A run with other weights is not the decoder that was used.
+    run = run if run and run.weights_label == found.weights_label else None
     if run and _same_images(found, run):
         rows = run.per_image[: len(found.per_image)]
         if abs(statistics.fmean(row["psnr"] for row in rows) - alone.scores["psnr"].mean) > PSNR_TOLERANCE:
@@ -166,7 +167,7 @@ CURVE = "curve.csv"
 
 def features_label(row: Row) -> str:
     """Return an inversion's sources, with the label of its weights where they are not pretrained."""
-    return named_features(row.features_text, row.origin)
+    return named_features(row.features_text, row.weights_label)
 
 
 def named_features(sources: str, weights: str) -> str:

@@ -174,7 +174,7 @@ def _data(rows: Sequence[Row]) -> Iterable[str]:
     for row in rows:
         if isinstance(row.config, RunConfig) and row.training:
             recipe, facts = row.config.recipe, row.training
-            how = "trained elsewhere" if row.trained_elsewhere else "closed form"
+            how = "trained elsewhere" if row.is_imported else "closed form"
             if facts.epochs:
                 how = f"{facts.epochs} epochs, batches of {recipe.batch_size}, loss {recipe.loss}"
             learned.append(

@@ -34,7 +34,7 @@ class Entry:
     `features` are its layers as `model:layer`, joined by ` + `; `values` is the number of feature values for
     each value of the image; `answer` is a decoder's name, or `linear + refined` and the like for a bound; `scores` are
     means over the test images, without LPIPS where that is unavailable. Scores of two rows compare where `measured` is
-    equal: the answer, the largest number of passes of a bound's search, the digest of the images, and their crop.
+    equal: `answer`, the largest number of passes of a bound's search, the digest of the images, and their crop.
     """
 
     features: str
@@ -65,25 +65,28 @@ class Entry:
 
 @dataclass(frozen=True)
 class EntryRanking:
-    """One of the user's rows, `mine`, and the rows of the atlas that it may be ranked with."""
+    """One of the user's rows, `ranked_entry`, and the rows of the atlas that it may be ranked with."""
 
-    mine: Entry
+    ranked_entry: Entry
     others: tuple[Entry, ...]
 
-    def rivals(self, metric: str) -> list[Entry]:
+    def comparable_entries(self, metric: str) -> list[Entry]:
         """Return the others that were measured by this metric too, LPIPS by the same network."""
-        has = metric in self.mine.scores
-        return [other for other in self.others if has and other.has(metric, self.mine.net)]
+        has = metric in self.ranked_entry.scores
+        return [other for other in self.others if has and other.has(metric, self.ranked_entry.net)]
 
-    def place(self, metric: str) -> tuple[int, int] | None:
-        """Return the rank (from 1, shared by equals) and the number of ranked rows; None without rivals."""
-        sign, rivals = METRICS[metric].sign, self.rivals(metric)
-        ahead = [r for r in rivals if sign * (r.scores[metric] - self.mine.scores[metric]) > 0]
-        return (1 + len(ahead), 1 + len(rivals)) if rivals else None
+    def rank(self, metric: str) -> tuple[int, int] | None:
+        """Return the rank (from 1, shared by equals) and the number of ranked rows; None without others."""
+        sign, others = METRICS[metric].sign, self.comparable_entries(metric)
+        ahead = [e for e in others if sign * (e.scores[metric] - self.ranked_entry.scores[metric]) > 0]
+        return (1 + len(ahead), 1 + len(others)) if others else None
 
     def first(self, metric: str) -> Entry:
-        """Return the best of the row and its rivals, the row itself among equals."""
-        return max([self.mine, *self.rivals(metric)], key=lambda e: METRICS[metric].sign * e.scores[metric])
+        """Return the best of the row and its `comparable_entries`, the row itself among equals."""
+        return max(
+            [self.ranked_entry, *self.comparable_entries(metric)],
+            key=lambda e: METRICS[metric].sign * e.scores[metric],
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Comparison:
     @property
     def columns(self) -> list[tuple[str, str]]:
         """Metrics and LPIPS networks of the user's rows, see `score_columns`."""
-        mine = [standing.mine for standing in self.standings]
+        mine = [standing.ranked_entry for standing in self.standings]
         return score_columns(sorted({entry.net for entry in mine if "lpips" in entry.scores}))
 
 
@@ -189,7 +192,7 @@ def compare(mine: Sequence[Entry], atlas: Sequence[Entry], *, within: float = 1.
     alike = group_by((e for e in others if e.measured in ways), lambda e: e.measured)
     if not alike:
         raise AfterimageError(
-            f"no row of the atlas was measured as yours: yours are {_ways(mine)}; "
+            f"no row of the atlas was measured under the same conditions as your rows ({_ways(mine)}); "
             f"the atlas has {_ways(others) or 'no other rows'}"
         )
     standings = []
@@ -204,15 +207,15 @@ def standings_table(comparison: Comparison) -> TextTable:
     """Return the ranks as a table: a line for each of the user's rows; the last column has the best row."""
     columns, lines = comparison.columns, []
     for standing in comparison.standings:
-        mine, cells = standing.mine, []
+        mine, cells = standing.ranked_entry, []
         for metric, net in columns:
             cell = format_score(mine.scores[metric], metric) if mine.has(metric, net) else MISSING
-            if cell != MISSING and (place := standing.place(metric)):
-                cell += f", {place[0]} of {place[1]}"
+            if cell != MISSING and (rank := standing.rank(metric)):
+                cell += f", {rank[0]} of {rank[1]}"
             cells.append(cell)
         first = standing.first("psnr")
         best = f"{first.name}, {format_score(first.scores['psnr'], 'psnr')}"
-        best = best if standing.rivals("psnr") else "alone at this size"
+        best = best if standing.comparable_entries("psnr") else "alone at this size"
         lines.append((mine.name, mine.answer, ratio(mine.values), *cells, best))
     heads = (heading(*column) for column in columns)
     header = ("features", "answer", "values per pixel value", *heads, "first in PSNR")

@@ -31,7 +31,7 @@ DETAIL = 0.125
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a row's controls: its facts, of the type that `PARTS` names, and its rows by image."""
+    """One part of a row's controls: its facts, of the type that `CONTROL_TYPES` names, and its rows by image."""
 
     row: Row
     facts: Any
@@ -125,7 +125,7 @@ def _against_random(rows: Sequence[Row]) -> Iterable[TextTable]:
     """Compare pretrained rows with the same rows on random weights, in a table for each random control."""
     trained, random = ([row for row in rows if row.is_random == is_random] for is_random in (False, True))
     pairs = [(a, b) for a, b in product(trained, random) if _differ_only_in(a, b, "weights")]
-    for label, found in sorted(group_by(pairs, lambda pair: pair[1].origin).items()):
+    for label, found in sorted(group_by(pairs, lambda pair: pair[1].weights_label).items()):
         lines = []
         for pair in found:
             means = (format_score(row.scores["psnr"].mean, "psnr") for row in pair)

@@ -44,7 +44,7 @@ def dataset_files(runs: Iterable[Run], name: str, *, license: str, own_images: b
     rows = public_rows(found, with_names=own_images)
     lines = [
         line
-        for row, told in zip(found.every, rows.every, strict=True)
+        for row, told in zip(found.with_inversions, rows.with_inversions, strict=True)
         for line in _lines(row, told, own_images)
     ]
     card = _card(rows, name, license, images=any(line[IMAGES[0]] for line in lines))
@@ -109,7 +109,7 @@ def _card(rows: Rows, name: str, license: str, *, images: bool) -> str:
             for config, file in files.items()
         ],
     )  # fmt: skip
-    sources = dict.fromkeys(row.data.test or row.data.source for row in rows.every)
+    sources = dict.fromkeys(row.data.test or row.data.source for row in rows.with_inversions)
     held = "The images that runs keep are in it." if images else "No image is in it."
     parts = [
         f"# {name.rpartition('/')[2]}",

@@ -29,8 +29,8 @@ from afterimage.report.published import published_finding
 from afterimage.report.rows import Row, group_by
 from afterimage.report.statistics.analysis import Analysis, Efficiency, analyse
 from afterimage.report.statistics.hypotheses import UNTESTABLE
+from afterimage.report.statistics.paired_tests import Comparison
 from afterimage.report.statistics.rows import without_random_controls
-from afterimage.report.statistics.tests import Comparison
 from afterimage.runs.results import METRICS
 
 
@@ -41,14 +41,14 @@ class StudyFindings:
     Attributes:
         lead: text before the findings
         findings: the findings; empty where they could not be computed
-        beside: comparison with the published figures; None where no row repeats a published one
+        published: comparison with the published figures; None where no row repeats a published one
         json: content of findings.json
         problems: sentences on what could not be computed, and why
     """
 
     lead: str
     findings: tuple[Finding, ...]
-    beside: Finding | None
+    published: Finding | None
     json: str
     problems: tuple[str, ...]
 
@@ -61,9 +61,9 @@ def compute_findings(rows: Sequence[Row], bounds: Sequence[Bound] = ()) -> Study
         bounds: their measured bounds
 
     Returns:
-        the answers; where a part raises an `AfterimageError`, its message is among the problems
+        the findings; where a part raises an `AfterimageError`, its message is among the problems
     """
-    problems, lead, findings, beside = [], "", (), None
+    problems, lead, findings, published = [], "", (), None
     values = {"problems": problems}
     try:
         analysis = analyse(rows)
@@ -75,30 +75,30 @@ def compute_findings(rows: Sequence[Row], bounds: Sequence[Bound] = ()) -> Study
     except AfterimageError as error:
         problems.append(f"The findings could not be computed: {error}")
     try:
-        beside = published_finding(rows)
+        published = published_finding(rows)
     except AfterimageError as error:
         problems.append(f"The comparison with the published figures could not be computed: {error}")
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
-    return StudyFindings(lead, findings, beside, text + "\n", tuple(problems))
+    return StudyFindings(lead, findings, published, text + "\n", tuple(problems))
 
 
-def markdown_findings(answers: StudyFindings) -> list[str]:
+def markdown_findings(study: StudyFindings) -> list[str]:
     """Write the section of findings as blocks: a table of the verdicts, then each finding with its tables."""
-    blocks = [f"> **{markdown(problem)}**" for problem in answers.problems]
-    if not answers.findings:
+    blocks = [f"> **{markdown(problem)}**" for problem in study.problems]
+    if not study.findings:
         return blocks
-    blocks.append(markdown(answers.lead))
-    verdicts = [(markdown(f.title), f"**{markdown(f.verdict)}**") for f in answers.findings if f.verdict]
+    blocks.append(markdown(study.lead))
+    verdicts = [(markdown(f.title), f"**{markdown(f.verdict)}**") for f in study.findings if f.verdict]
     if verdicts:
         blocks.append(markdown_grid(("hypothesis", "verdict"), verdicts))
-    return blocks + [block for finding in answers.findings for block in markdown_finding(finding, "###")]
+    return blocks + [block for finding in study.findings for block in markdown_finding(finding, "###")]
 
 
 def build_findings(analysis: Analysis, sides: Sequence[Analysis] = ()) -> list[Finding]:
     """Return findings on H1, H2, H3, degradation, costs, decoders and fusions, as far as there are data.
 
-    Wherever single layers were decoded, all three hypotheses are included: one that cannot be tested says
-    why. With `sides` (analyses of decoders and of their bounds), each is judged for the measured bounds too.
+    If single layers were decoded, all three hypotheses are included; one that cannot be tested says why. With
+    `sides` (analyses of decoders and of their bounds), each is judged for the measured bounds too.
     """
     left_out = tuple(f"{note}." for note in analysis.notes)
     last = [Finding("Left out", paragraphs=left_out)] if left_out else []
@@ -109,8 +109,8 @@ def build_findings(analysis: Analysis, sides: Sequence[Analysis] = ()) -> list[F
         names = ("depth", "resolution", "architectures")
         findings = [hypothesis_finding(name, analysis, sides) for name in names]
     else:
-        why = "Every row fuses several sources: no single layer to compare."
-        findings = [Finding("H1, H2 and H3 are not testable", UNTESTABLE, paragraphs=(why,))]
+        reason = "Every row fuses several sources: no single layer to compare."
+        findings = [Finding("H1, H2 and H3 are not testable", UNTESTABLE, paragraphs=(reason,))]
     findings += [*_degradation(analysis), *_costs(analysis, metric), *_decoders(analysis, metric)]
     if analysis.fusions:
         against = tuple(map(_against, analysis.fusions))
@@ -175,7 +175,7 @@ COSTS = {
     "per_million_parameters": "million decoder parameters",
     "per_thousand_values": "thousand feature values",
 }
-"""Costs in relation to which quality is told, by the field of `Efficiency`."""
+"""Costs to which quality is related, by the field of `Efficiency`."""
 
 
 def _costs(analysis: Analysis, metric: str) -> Iterable[Finding]:

@@ -30,8 +30,8 @@ from afterimage.report.statistics.hypotheses import (
     Resolution,
     no_partial,
 )
+from afterimage.report.statistics.paired_tests import Comparison
 from afterimage.report.statistics.rows import without_random_controls
-from afterimage.report.statistics.tests import Comparison
 from afterimage.runs.results import METRICS
 
 
@@ -250,8 +250,8 @@ def _beside_bound(
             yield f"The measured bound says the same ({what}): {found.verdict}, {found.reason}."
     if not bound and any(isinstance(r, Depth) and r.verdict == SUPPORTED for r in decoders):
         yield (
-            "That is what decoders show. Whether layers lose it or decoders miss it, a measured bound tells "
-            "(study --invert)."
+            "These are scores of decoders. Only a measured bound can tell whether the layers lose the detail or the "
+            "decoders miss it (study --invert)."
         )
 
 

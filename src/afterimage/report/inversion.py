@@ -36,7 +36,7 @@ def bound_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
         for found in own:
             facts, alone = found.inversion, found.inversion.decoder_alone
             cost = (facts.seconds_per_image, facts.steps, facts.feature_loss)
-            answers = [(found.config.answer, found.decoder, found.scores, *cost)]
+            answers = [(found.config.result_kind, found.decoder, found.scores, *cost)]
             if alone:
                 cost = (alone.seconds, 0, alone.feature_loss)
                 answers.insert(0, ("decoder", facts.start_decoder, alone.scores, *cost))
@@ -44,7 +44,7 @@ def bound_rows(inversions: Sequence[Row]) -> list[dict[str, Any]]:
                 has_curve = way != "decoder" and with_curve([found])
                 peak = max(mean_curve(found.run), key=itemgetter(1)) if has_curve else (None, None)
                 line = {
-                    "sources": found.features_text, "weights": found.origin, "way": way, "how": how,
+                    "sources": found.features_text, "weights": found.weights_label, "way": way, "how": how,
                     **{metric: scores[metric] and scores[metric].mean for metric in METRICS},
                     "lpips_net": found.lpips.net, "feature_loss": loss, "passes": passes,
                     "seconds_per_image": round(seconds, 3), "images": scores["psnr"].count, "run": found.run.name,
@@ -73,11 +73,11 @@ def bound_findings(bounds: Sequence[Bound]) -> list[Finding]:
     """
     if not bounds:
         return []
-    founds = [bound.found for bound in bounds]
+    founds = [bound.reference for bound in bounds]
     names, metrics = _names(bounds), [m for m in METRICS if any(row.scores[m] for row in founds)]
     lines = []
     for bound, name in zip(bounds, names, strict=True):
-        for answer, row in bound.answers.items():
+        for answer, row in bound.rows_by_name.items():
             cells = [mean_text(row, metric) for metric in metrics]
             lines.append((name, answer, *cells, distance_text(row.inversion.feature_loss), str(bound.count)))
             name = ""
@@ -97,7 +97,7 @@ def _controls(bounds: Sequence[Bound], names: Sequence[str], metrics: Sequence[s
     """Tabulate scores that do not depend on an image's own features, beside those of the bound."""
     lines = []
     for bound, name in zip(bounds, names, strict=True):
-        for answer, row in bound.answers.items():
+        for answer, row in bound.rows_by_name.items():
             if (controls := row.inversion.controls) is None:
                 continue
             cells = [name, answer]
@@ -144,7 +144,7 @@ def _paragraphs(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str
     )
     gaps = {}
     for metric in metrics:
-        means = [statistics.fmean(gap.values()) for bound in bounds if (gap := bound.missed(metric))]
+        means = [statistics.fmean(gap.values()) for bound in bounds if (gap := bound.gap_to_decoder(metric))]
         if means:
             told = extent(means, lambda mean, metric=metric: format_score(mean, metric, signed=True))
             gaps[metric] = f"{told}{METRICS[metric].unit} {METRICS[metric].title}"
@@ -171,7 +171,7 @@ def _worse(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str]:
     for metric in metrics:
         facts, behind = METRICS[metric], []
         for bound, name in zip(bounds, _names(bounds), strict=True):
-            gaps = bound.missed(metric)
+            gaps = bound.gap_to_decoder(metric)
             gap = round(statistics.fmean(gaps.values()), facts.digits) if gaps else 0
             if facts.sign * gap < 0:
                 behind.append(f"{name} ({bound.decoder_label})")
@@ -181,13 +181,13 @@ def _worse(bounds: Sequence[Bound], metrics: Sequence[str]) -> Iterable[str]:
 
 def _names(bounds: Sequence[Bound]) -> list[str]:
     """Return for each bound the encoder's short name and the layer, with its weights and seed where they tell apart."""
-    rows = [bound.found for bound in bounds]
+    rows = [bound.reference for bound in bounds]
     encoders, names = short_encoders(rows), []
     has_seeds = len({row.start.seed for row in rows if row.start}) > 1
     for row in rows:
         what = row.label.partition(" · ")[0] if row.is_fused else f"{encoders[row.encoder]} {row.layer}"
         seed = f", seed {row.start.seed}" if has_seeds and row.start else ""
-        names.append(named_features(what, row.origin) + seed)
+        names.append(named_features(what, row.weights_label) + seed)
     return names
 
 
@@ -203,7 +203,7 @@ def mean_text(row: Row, metric: str) -> str:
 
 def _missed_text(bound: Bound, metric: str) -> str:
     """Write the mean of bound − decoder with its interval; empty where it is not known by image."""
-    if not (gaps := bound.missed(metric)):
+    if not (gaps := bound.gap_to_decoder(metric)):
         return ""
     return interval_text(mean_over_images(list(gaps.values())), metric, signed=True)
 

@@ -258,7 +258,11 @@ def _card_rows(runs: Sequence[Run], beside: Sequence[Run], with_names: bool) -> 
 def public_rows(rows: Rows, *, with_names: bool) -> Rows:
     """Apply `remove_private_facts` to rows and drop unfinished runs, whose errors may contain private names."""
     shown = dict(
-        zip(map(id, rows.every), remove_private_facts(rows.every, with_names=with_names), strict=True)
+        zip(
+            map(id, rows.with_inversions),
+            remove_private_facts(rows.with_inversions, with_names=with_names),
+            strict=True,
+        )
     )
     decoders, baselines, inversions = (
         tuple(shown[id(row)] for row in group) for group in (rows.decoders, rows.baselines, rows.inversions)

@@ -65,8 +65,8 @@ def find_published(sources: Iterable[str], decoder: str) -> PublishedRow | None:
 
 
 def published_finding(rows: Iterable[Row]) -> Finding | None:
-    """Compare rows with the published ones that they repeat; None where there are none. See `beside_published`."""
-    found = beside_published(rows)
+    """Compare rows with the published ones that they repeat; None where there are none. See `pair_with_published`."""
+    found = pair_with_published(rows)
     if not found:
         return None
     table, reasons = [], group_by(found, lambda each: each[-1])
@@ -105,7 +105,7 @@ def _pair(theirs: tuple[float, float | None] | None, ours: float | None, metric:
     return f"{published} → {'unavailable' if ours is None else format_score(ours, metric)}"
 
 
-def beside_published(
+def pair_with_published(
     rows: Iterable[Row],
 ) -> list[tuple[PublishedRow, dict[str, float | None], Ceiling | None, str]]:
     """Pair every row that repeats a published row with that row.

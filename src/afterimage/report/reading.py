@@ -1,6 +1,6 @@
 """Reader of a report's rows, which names what sets rows apart and warns of what does not compare.
 
-A run that cannot be read is listed with its error. A bug in this reader shows as a traceback.
+A run folder that cannot be read is listed with its error; any other exception is a bug and is not caught.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def read_rows(runs: Iterable[Run]) -> Rows:
         try:
             state = run.state
             if state == "done" or (state == "new" and run.has_result):
-                finished.append(Row.of(run))
+                finished.append(Row.from_run(run))
                 continue
             error = str(run.status.get("error") or "")
         except AfterimageError as damage:
@@ -77,7 +77,13 @@ def _with_variants(rows: Sequence[Row]) -> list[Row]:
     """Name the settings in which rows of one encoder, weights and decoder differ, such as `parameters=4M`."""
 
     def alike(row: Row) -> tuple[str, ...]:
-        return row.encoder, row.fusion_letter, row.origin, row.decoder, getattr(row.config, "answer", "")
+        return (
+            row.encoder,
+            row.fusion_letter,
+            row.weights_label,
+            row.decoder,
+            getattr(row.config, "result_kind", ""),
+        )
 
     named = []
     for members in group_by(rows, alike).values():
@@ -114,7 +120,10 @@ def _warnings(rows: Sequence[Row]) -> Iterable[str]:
             f"Figures by the protocol {name}, beside no others: images resized to {protocol.resize} pixels, centre "
             f"crop of {protocol.crop}, layers {' or '.join(protocol.layers)}."
         )
-        yield from (f"{metric} ({name}) is not measured: {why}." for metric, why in protocol.missing.items())
+        yield from (
+            f"{metric} ({name}) is not measured: {why}."
+            for metric, why in protocol.unavailable_metrics.items()
+        )
     yield from _uninformed(rows)
     if mixed := _mixed_settings(rows):
         yield f"The rows were not all made with the same settings: {'; '.join(mixed)}."

@@ -51,7 +51,7 @@ class Row(Result):
     start: RunConfig | None = None
 
     @classmethod
-    def of(cls, run: Run) -> Row:
+    def from_run(cls, run: Run) -> Row:
         """Read a finished run. Raises `AfterimageError` as `Run.result` does."""
         result = run.result
         return cls(run=run, **{f.name: getattr(result, f.name) for f in dataclasses.fields(Result)})
@@ -81,7 +81,7 @@ class Row(Result):
     @property
     def control(self) -> str:
         """Name of the random control in capitals, such as `RANDOM weights`; empty for trained weights."""
-        return f"{self.origin.upper()} weights" if self.is_random else ""
+        return f"{self.weights_label.upper()} weights" if self.is_random else ""
 
     @property
     def protocol(self) -> str:
@@ -206,7 +206,7 @@ class Rows:
         return self.decoders + self.baselines
 
     @property
-    def every(self) -> tuple[Row, ...]:
+    def with_inversions(self) -> tuple[Row, ...]:
         """All rows and the inversions, each once."""
         return tuple({id(row): row for row in self.all + self.inversions}.values())
 
@@ -222,7 +222,7 @@ class Rows:
         Raises:
             AfterimageError: the rows follow several protocols, whose figures must not share a column
         """
-        found = group_by(self.every, lambda row: row.protocol)
+        found = group_by(self.with_inversions, lambda row: row.protocol)
         if len(found) > 1:
             told = (
                 f"{name or 'study'} ({join_names([row.run.name for row in rows], 3)})"

@@ -39,7 +39,7 @@ class Cell:
     """Content of one cell: lines of text and footnote numbers; `bold` marks the best score, and random weights."""
 
     lines: tuple[str, ...]
-    marks: tuple[int, ...] = ()
+    footnote_numbers: tuple[int, ...] = ()
     bold: bool = False
 
 
@@ -68,7 +68,7 @@ def build_table(rows: Rows, *, spread: str = "std") -> Table:
     """Lay out the whole table. `spread` selects what follows a mean: `std` (deviation) or `interval`."""
     check_choice("spread", spread, SPREADS)
     protocol = rows.protocol
-    missing = PROTOCOLS[protocol].missing if protocol else {}
+    missing = PROTOCOLS[protocol].unavailable_metrics if protocol else {}
     best = {column: best_mean(rows.decoders, *column) for column in score_columns(rows.nets or ("",))}
     seeds = len({row.seed for row in rows.decoders}) > 1
     notes: dict[str, int] = {}
@@ -122,14 +122,14 @@ def _description_cells(row: Row, seeds: bool, notes: dict[str, int]) -> dict[str
     names = row.sources or (row.label,)
     if row.is_fused:
         names = (f"{row.fusion_letter}: {row.fusion_text}", *names)
-    seconds = "elsewhere" if row.trained_elsewhere else duration(row.train_seconds)
+    seconds = "elsewhere" if row.is_imported else duration(row.train_seconds)
     texts = {
         "features": names,
         "shape": for_each(row.shapes),
         "reduction": for_each(f"{reduction}×" for reduction in row.reductions),
         "decoder": (row.decoder_label or MISSING,),
         "seed": (MISSING if row.seed is None else str(row.seed),),
-        "weights": (MISSING if row.is_baseline else weights_text(row.origin),),
+        "weights": (MISSING if row.is_baseline else weights_text(row.weights_label),),
         "parameters": (MISSING if row.is_baseline or row.parameters is None else f"{row.parameters:,}",),
         "training": (MISSING if row.is_baseline else seconds,),
     }
@@ -198,11 +198,11 @@ def markdown_table(rows: Rows, *, spread: str = "std") -> str:
 def _markdown_cell(cell: Cell, row: Row) -> str:
     lines = (markdown_code(line) if line in row.sources else markdown(line) for line in cell.lines)
     text = "<br>".join(lines)
-    return (f"**{text}**" if cell.bold else text) + superscript(cell.marks)
+    return (f"**{text}**" if cell.bold else text) + superscript(cell.footnote_numbers)
 
 
-def superscript(marks: Iterable[int]) -> str:
-    return ",".join(map(str, marks)).translate(_SUPERSCRIPT)
+def superscript(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers)).translate(_SUPERSCRIPT)
 
 
 def _is_right(name: str) -> bool:
@@ -232,7 +232,11 @@ def _latex_cell(cell: Cell, i: int) -> str:
         return ""
     text = latex(cell.lines[i])
     text = rf"\textbf{{{text}}}" if cell.bold else text
-    return text + (rf"\textsuperscript{{{','.join(map(str, cell.marks))}}}" if cell.marks and i == 0 else "")
+    return text + (
+        rf"\textsuperscript{{{','.join(map(str, cell.footnote_numbers))}}}"
+        if cell.footnote_numbers and i == 0
+        else ""
+    )
 
 
 def csv_table(rows: Rows) -> str:
@@ -251,7 +255,7 @@ def csv_table(rows: Rows) -> str:
 
 def records(rows: Rows) -> list[dict[str, Any]]:
     """Return the CSV lines of the finished runs; several sources are joined by ` + `."""
-    return [_record(row) for row in rows.every]
+    return [_record(row) for row in rows.with_inversions]
 
 
 def _record(row: Row) -> dict[str, Any]:
@@ -262,7 +266,7 @@ def _record(row: Row) -> dict[str, Any]:
         "locations": row.locations, "values_per_pixel": row.values_per_pixel,
         "fusion": row.fusion_text if len(row.sources) > 1 else "",
         "decoder": row.decoder, "variant": row.variant,
-        "weights": "" if row.is_baseline else row.origin, "seed": row.seed,
+        "weights": "" if row.is_baseline else row.weights_label, "seed": row.seed,
         "parameters": row.parameters, "train_seconds": row.train_seconds,
     }  # fmt: skip
     for metric in METRICS:
@@ -323,14 +327,14 @@ def _build(rows: Rows, layout: Table, dropped: tuple[str, ...]) -> RichTable:
         else:
             table.add_column(header, justify="right", no_wrap=True)
     groups = group_by(
-        layout.lines, lambda line: (line.row.encoder, line.row.control.upper() or line.row.origin)
+        layout.lines, lambda line: (line.row.encoder, line.row.control.upper() or line.row.weights_label)
     )
     for (encoder, weights), lines in groups.items():
         style = "bold red" if lines[0].row.is_random else "bold"
         table.add_row(Text("\n".join(_heading(encoder, weights)), style=style))
         for line in lines:
             name = line.row.label if line.row.is_baseline else line.row.layer
-            first = _text(Cell((name,), line.cells["features"].marks), True, indent="  ")
+            first = _text(Cell((name,), line.cells["features"].footnote_numbers), True, indent="  ")
             table.add_row(first, *(_text(line.cells[name], "±" not in dropped) for name in keep[1:]))
         table.add_section()
     return table
@@ -354,4 +358,4 @@ def _text(cell: Cell, has_spread: bool, indent: str = "") -> Text:
     text = single_line(cell.lines[0], 44)
     text = text if has_spread else text.partition(" ± ")[0]
     style = "bold green" if cell.bold else "dim" if text in (MISSING, "unavailable") else ""
-    return Text(indent + text, style=style).append(superscript(cell.marks), style="dim")
+    return Text(indent + text, style=style).append(superscript(cell.footnote_numbers), style="dim")

@@ -70,7 +70,7 @@ def write_report(
     from afterimage.report.inversion import bound_findings
 
     rows, out, written = read_rows(runs), Path(out), {}
-    remove_temporary_files(out, older=STALE_SECONDS)
+    remove_temporary_files(out, min_age=STALE_SECONDS)
 
     def write(name: str, content: str | bytes) -> Path:
         written[name] = out / name
@@ -82,10 +82,10 @@ def write_report(
     write("table.tex", latex_table(rows, spread=spread))
     # The statistics compare decoders, not inversions.
     found = bounds_of(rows)
-    answers = compute_findings([row for row in rows.all if row.kind != "inversion"], found)
-    write("findings.json", answers.json)
+    study = compute_findings([row for row in rows.all if row.kind != "inversion"], found)
+    write("findings.json", study.json)
     bounds = bound_findings(found)
-    more = [*([answers.beside] if answers.beside else []), *control_findings(rows.decoders)]
+    more = [*([study.published] if study.published else []), *control_findings(rows.decoders)]
     progress("statistics", 1, 1)
     problems: list[str] = []
     drawn = list(_draw(rows, write, progress, problems))
@@ -95,7 +95,7 @@ def write_report(
         written["index.html"] = write_page(
             rows, out / "index.html", title=title, bounds=bounds,
             bound_figures=[(d.caption, out / f"figures/{d.name}.png") for d in on_page[0]],
-            findings=[*answers.findings, *more], lead=answers.lead, problems=[*answers.problems, *problems],
+            findings=[*study.findings, *more], lead=study.lead, problems=[*study.problems, *problems],
             figures=[(d.title, out / f"figures/{d.name}.png") for d in on_page[1]], progress=progress,
         )  # fmt: skip
     except AfterimageError as error:
@@ -108,8 +108,8 @@ def write_report(
         "## Results",
         markdown_table(rows, spread=spread).rstrip(),
         "Also as [CSV](table.csv) and [LaTeX](table.tex).",
-        "## Findings", *markdown_findings(answers),
-        *(["All numbers as [JSON](findings.json)."] if answers.findings else []),
+        "## Findings", *markdown_findings(study),
+        *(["All numbers as [JSON](findings.json)."] if study.findings else []),
         *(block for finding in more for block in markdown_finding(finding, "##")),
         "## Figures", *map(_figure, rest),
         *_unfinished(rows), "## Weights", *_weights(rows), "## How each row was made", *_origins(rows, out),
@@ -203,9 +203,9 @@ def _origins(rows: Rows, out: Path) -> Iterable[str]:
         yield f"Settings that all {'decoder' if rows.decoders else 'baseline'} rows share:"
         text = "\n".join(f"{key} = {json.dumps(settings[0][key], default=str)}" for key in shared)
         yield markdown_block(text, "toml")
-    facts = [_facts(row.run) for row in rows.every]
+    facts = [_facts(row.run) for row in rows.with_inversions]
     yield f"Made with {_environments(facts)}."
-    made = zip(rows.every, facts, strict=True)
+    made = zip(rows.with_inversions, facts, strict=True)
     lines = ((markdown(_label(row)), _link(row.run, out), _command(each)) for row, each in made)
     yield markdown_grid(("row", "configuration", "command"), lines)
 

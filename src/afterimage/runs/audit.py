@@ -11,7 +11,7 @@ from afterimage.runs.results import AttackFacts
 from afterimage.runs.run import Run
 
 NO_FEATURES_ATTACKER = "no features"
-"""Name of the attacker without features, who answers with the mean of their own images."""
+"""Name of the attacker without features, whose reconstruction is the mean of the attacker's own images."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Attack(AttackFacts):
     folder: str = ""
 
     @classmethod
-    def of(cls, run: Run, root: Path) -> Attack:
+    def from_run(cls, run: Run, root: Path) -> Attack:
         result = run.result
         if result.attack is None:
             raise AfterimageError(

@@ -20,7 +20,7 @@ ABLATIONS = {
     "zero": "zero features",
     "colour": "the image's mean colour",
 }
-"""Inputs of feature ablations, which replace the image's own features, in the order of tables."""
+"""Feature ablations in the order of tables: what replaces the image's own features."""
 PLANES = {"luma": "luma", "cb": "Cb", "cr": "Cr"}
 """Planes of an image in ITU-R BT.601."""
 CODECS = ("JPEG", "WebP")

@@ -60,8 +60,8 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         raise AfterimageError(f"cannot write {printable_path(path)}: {error.strerror or error}") from error
 
 
-def remove_temporary_files(folder: Path, names: Iterable[str] | None = None, *, older: float = 0.0) -> None:
-    """Remove partly written files that did not change for `older` seconds.
+def remove_temporary_files(folder: Path, names: Iterable[str] | None = None, *, min_age: float = 0.0) -> None:
+    """Remove partly written files that did not change for `min_age` seconds.
 
     `names` are files in the folder, for those of these files alone; None means all at any depth.
     """
@@ -69,7 +69,7 @@ def remove_temporary_files(folder: Path, names: Iterable[str] | None = None, *, 
     for path in folder.glob(f"{'**/' if own is None else ''}.*.*{TEMPORARY_SUFFIX}"):
         if own is None or path.name[1:].removesuffix(TEMPORARY_SUFFIX).rpartition(".")[0] in own:
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime >= older:
+                if time.time() - path.stat().st_mtime >= min_age:
                     path.unlink()
 
 
@@ -110,7 +110,7 @@ def read_json(path: str | Path) -> Any:
     try:
         value = json.loads(text)
         if "\\u" in text and (half := _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False))):
-            raise ValueError(f"{half[0]!r} is half a character")
+            raise ValueError(f"{half[0]!r} is a lone surrogate")
         return value
     except (ValueError, RecursionError) as error:
         raise AfterimageError(f"{printable_path(path)} is not valid JSON: {error}") from None

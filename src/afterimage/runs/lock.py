@@ -25,9 +25,9 @@ from afterimage.config import AfterimageError, printable_path
 from afterimage.runtime.process import LockLost, ProcessIdentity, has_ended, is_local, this_process
 
 HEARTBEAT_SECONDS = 10.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats: touches of the lock, by which its holder shows that it still runs."""
 STALE_SECONDS = 90.0
-"""Seconds without a sign of life after which a holder on another machine counts as dead."""
+"""Seconds without a heartbeat after which a holder on another machine counts as dead."""
 
 POLL_SECONDS = 1.0
 """Seconds between two attempts to take a lock."""
@@ -38,7 +38,7 @@ class LockUnavailable(AfterimageError):
 
 
 class Lock:
-    """The lock of an existing folder; `log` is told when a dead process's lock is taken over."""
+    """The lock of an existing folder; `log` gets a message when a dead process's lock is taken over."""
 
     def __init__(self, folder: Path, log: Callable[[str], None] = lambda text: None) -> None:
         self.folder, self.log = folder, log
@@ -47,14 +47,14 @@ class Lock:
         self.lost = False
         self._mine: Path | None = None
         self._released = threading.Event()
-        self._beating: threading.Thread | None = None
+        self._heartbeat_thread: threading.Thread | None = None
         self._seen: dict[Path, tuple[tuple[int, int], float]] = {}
 
     def acquire(self) -> bool:
         """Take the lock, and return whether that succeeded; if not, `holder` is the live process that holds it.
 
         Raises:
-            CannotLock: the folder does not exist or cannot be written
+            LockUnavailable: the folder does not exist or cannot be written
         """
         while True:
             found = self._files()
@@ -73,8 +73,8 @@ class Lock:
                 path.unlink(missing_ok=True)
             self._mine, self.lost = mine, False
             self._released.clear()
-            self._beating = threading.Thread(target=self._beat, args=(mine,), daemon=True)
-            self._beating.start()
+            self._heartbeat_thread = threading.Thread(target=self._send_heartbeats, args=(mine,), daemon=True)
+            self._heartbeat_thread.start()
             return True
 
     def check(self) -> None:
@@ -83,16 +83,16 @@ class Lock:
         self.lost = not (files and files[-1] == self._mine and _read(self._mine) == this_process())
         if self.lost:
             raise LockLost(
-                f"{self.folder.name}: another process took this run over, since this one gave no sign of life for "
-                f"{STALE_SECONDS:g} seconds"
+                f"{self.folder.name}: another process took over this run, because this process had not touched its "
+                f"lock for {STALE_SECONDS:g} seconds"
             )
 
     def release(self) -> None:
         """Release the lock, and delete its file if it still belongs to this process."""
         self._released.set()
-        if self._beating is not None:
-            self._beating.join()
-            self._beating = None
+        if self._heartbeat_thread is not None:
+            self._heartbeat_thread.join()
+            self._heartbeat_thread = None
         if self._mine is not None and _read(self._mine) == this_process():
             with contextlib.suppress(OSError):
                 self._mine.unlink()
@@ -132,7 +132,7 @@ class Lock:
         self._seen[path] = sign, since
         return now - since < STALE_SECONDS
 
-    def _beat(self, path: Path) -> None:
+    def _send_heartbeats(self, path: Path) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(path)
@@ -142,10 +142,10 @@ class Lock:
 def hold_lock(folder: Path, log: Callable[[str], None]) -> Iterator[Lock]:
     """Hold the lock of an existing folder inside the block, after waiting for the process that has it.
 
-    `log` is told when this process has to wait, and when a dead process's lock is taken over.
+    `log` gets a message when this process has to wait, and when a dead process's lock is taken over.
 
     Raises:
-        CannotLock: the folder does not exist or cannot be written
+        LockUnavailable: the folder does not exist or cannot be written
     """
     lock = Lock(folder, log)
     waited = False

@@ -55,9 +55,9 @@ class PublishedDecoder:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9_.-]*)?", self.folder):
-            raise AfterimageError(f"folder {self.folder!r:.200} is no name of a folder")
+            raise AfterimageError(f"folder {self.folder!r:.200} is not a valid folder name")
         if missing := [name for name in FILES if name not in self.sha256]:
-            raise AfterimageError(f"sha256 has nothing of {join_names(missing)}")
+            raise AfterimageError(f"sha256 lacks the digests of {join_names(missing)}")
 
     def file(self, name: str) -> str:
         """Return the path of one of `FILES` in the repository."""
@@ -84,19 +84,19 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            AfterimageError: the content is no manifest of this library and format
+            AfterimageError: the content is not a manifest of this library and format
         """
         try:
             values = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise AfterimageError(f"it is not valid JSON: {error}") from None
         if not isinstance(values, dict):
-            raise AfterimageError("it is no table of settings")
+            raise AfterimageError("it is not a table of settings")
         if values.get("library_name") != LIBRARY:
             raise AfterimageError(f"its library_name is {values.get('library_name')!r:.80}, not {LIBRARY!r}")
         return from_dict(cls, values)
 
-    def choose(self, name: str) -> PublishedDecoder:
+    def get_decoder(self, name: str) -> PublishedDecoder:
         """Return a decoder by its name; an empty name stands for the only decoder.
 
         Raises:
@@ -106,7 +106,7 @@ class Manifest:
             raise unknown_choice_error("decoder", name, self.decoders)
         if not name and len(self.decoders) > 1:
             raise AfterimageError(
-                f"it holds {len(self.decoders)} decoders; name one of them behind the repository, "
+                f"it holds {len(self.decoders)} decoders; append the name of one to the repository, "
                 f"USER/NAME/DECODER: {join_names(list(self.decoders), 40)}"
             )
         return self.decoders[name or next(iter(self.decoders))]
@@ -123,7 +123,7 @@ def check_shareable(config: RunConfig) -> None:
         if provider == "python" or Path(rest).is_absolute():
             what = "code" if provider == "python" else "a folder"
             raise AfterimageError(
-                f"{model} is {what} of one's own, which no repository of the hub brings along"
+                f"{model} is {what} that only you have, so nobody else could use the decoder"
             )
     if config.weights not in ("pretrained", *RANDOM_WEIGHTS):
         raise AfterimageError(f"its weights are {config.weights!r:.200}, which nobody else has")

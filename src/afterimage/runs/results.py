@@ -119,7 +119,8 @@ class FeatureMap(FeatureSpec):
         reduction: height of the image divided by the height of the features
         encoder_parameters: number of parameters of the encoder up to the layer
         encoder_macs: number of multiply-adds of the encoder up to the layer, for one image
-        unseen: remark on pixels that no location sees, or on why positions are unknown; empty if neither applies
+        unseen: note on pixels that lie in no location's receptive field, or on why the positions are unknown; empty if
+            neither applies
     """
 
     module: str
@@ -234,10 +235,10 @@ class BoundControls:
     """Controls of a measured bound: scores that do not use an image's own features, and re-identification.
 
     Attributes:
-        other_image: scores of each answer against the original of another image; None for a single image
+        other_image: scores of each reconstruction against the original of another image; None for a single image
         prior_alone: scores, against every original, of the same procedure on features without information (the mean of
             validation images); None if there are no validation images
-        identified: share of answers that are nearest to their own original among `candidates`
+        identified: share of reconstructions that are nearest to their own original among `candidates`
         distance: distance of re-identification: `lpips`, by a network not used in the search, or `correlation`
         candidates: number of originals; a guess is right with probability 1 / `candidates`
     """
@@ -272,7 +273,8 @@ class InversionFacts:
 class Attacker:
     """An attacker: the decoder that it trains, and the number and source of its own images.
 
-    `threat_model` is `black-box` or `white-box`; `answer` is `decoded`, `refined` or `best estimate`.
+    `threat_model` is `black-box` or `white-box`; `answer`, the kind of its reconstructions, is `decoded`, `refined` or
+    `best estimate`.
     """
 
     decoder: str
@@ -294,7 +296,7 @@ class WorstCase:
 class VisibleRegion:
     """Part of the images that a layer's locations see: first pixel, and pixel after the last, along each axis.
 
-    `share` is its share of all pixels, `unseen` a remark on the others.
+    `share` is its share of all pixels, `unseen` a note on the others.
     """
 
     rows: tuple[int, ...]
@@ -401,14 +403,14 @@ class Result:
         return self.training.parameters if self.training else 0 if self.is_baseline else None
 
     @property
-    def trained_elsewhere(self) -> bool:
+    def is_imported(self) -> bool:
         """True if the decoder was trained before this run, which showed it no training images."""
         return self.training is not None and self.training.images_seen == 0
 
     @property
     def train_seconds(self) -> float | None:
-        """Seconds of training; 0 for a baseline, None for an inversion, an attack or what was trained elsewhere."""
-        if self.trained_elsewhere:
+        """Seconds of training; 0 for a baseline, None for an inversion, an attack or an imported decoder."""
+        if self.is_imported:
             return None
         return self.training.seconds if self.training else 0.0 if self.is_baseline else None
 
@@ -418,7 +420,7 @@ class Result:
         return any(weights.is_random for weights in self.weights)
 
     @property
-    def origin(self) -> str:
+    def weights_label(self) -> str:
         """`pretrained`, or the name of the random control if an encoder of the run is one."""
         return next((weights.label for weights in self.weights if weights.is_random), "pretrained")
 

@@ -55,13 +55,13 @@ def check_folder(path: str | Path, setting: str, *, writable: bool = True) -> No
         AfterimageError: the folder cannot be used; the message names `setting`, such as `--output-dir`
     """
     path = Path(path)
-    for place in (path.absolute(), *path.absolute().parents):
+    for folder in (path.absolute(), *path.absolute().parents):
         try:
-            mode = place.stat().st_mode
+            mode = folder.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
-            if place.is_symlink():
+            if folder.is_symlink():
                 raise AfterimageError(
-                    f"{setting} {printable_path(path)}: {printable_path(place)} is a link to nothing"
+                    f"{setting} {printable_path(path)}: {printable_path(folder)} is a broken link"
                 ) from None
             continue
         except (OSError, ValueError) as error:
@@ -69,11 +69,11 @@ def check_folder(path: str | Path, setting: str, *, writable: bool = True) -> No
             raise AfterimageError(f"{setting} {printable_path(path)}: {reason}") from None
         if not stat.S_ISDIR(mode):
             raise AfterimageError(
-                f"{setting} {printable_path(path)}: {printable_path(place)} is a file, not a folder"
+                f"{setting} {printable_path(path)}: {printable_path(folder)} is a file, not a folder"
             )
-        if writable and not os.access(place, os.W_OK | os.X_OK):
+        if writable and not os.access(folder, os.W_OK | os.X_OK):
             raise AfterimageError(
-                f"{setting} {printable_path(path)}: the folder {printable_path(place)} cannot be written"
+                f"{setting} {printable_path(path)}: the folder {printable_path(folder)} cannot be written"
             )
         return
 
@@ -226,7 +226,7 @@ class Run:
         path = self.file("reconstructions") / name
         if path.name != name or not path.resolve().is_relative_to(self.path.resolve()):
             raise AfterimageError(
-                f"{printable_path(path.parent / 'index.json')} names {name!r:.200}, which is no file of its folder"
+                f"{printable_path(path.parent / 'index.json')} names {name!r:.200}, which is not a file of its folder"
             )
         return path
 

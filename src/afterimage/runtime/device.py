@@ -1,4 +1,4 @@
-"""Choice of the device and of the numerical precision, and work that runs out of memory."""
+"""Choice of the device and the numerical precision, and retries with smaller batches when memory runs out."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def create_fabric(accelerator: str, devices: int, nodes: int = 1) -> Fabric:
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
 
-    asked = f"{devices} devices were asked for on {socket.gethostname()}"
-    with _convert_device_errors(f"{asked}, which the accelerator {accelerator!r} does not have"):
+    requested = f"{devices} devices were asked for on {socket.gethostname()}"
+    with _convert_device_errors(f"{requested}, which the accelerator {accelerator!r} does not have"):
         strategy = DDPStrategy(timeout=TIMEOUT)
         return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
 

@@ -55,16 +55,16 @@ class ProcessGroup:
     Attributes:
         fabric: the Fabric that connects the ranks, or None
         rank: number of this rank, from 0
-        count: number of ranks
+        world_size: number of ranks
     """
 
     def __init__(self, fabric: Fabric | None = None) -> None:
         self.fabric = fabric
         self.rank = 0 if fabric is None else fabric.global_rank
-        self.count = 1 if fabric is None else fabric.world_size
-        self._messages = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.count > 1 else None
-        self._peers: list[ProcessIdentity] = self.gather(this_process()) if self.count > 1 else []
-        self._over = threading.Event()
+        self.world_size = 1 if fabric is None else fabric.world_size
+        self._messages = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world_size > 1 else None
+        self._peers: list[ProcessIdentity] = self.gather(this_process()) if self.world_size > 1 else []
+        self._finished = threading.Event()
         self._noticed = False
 
     @property
@@ -86,29 +86,29 @@ class ProcessGroup:
             device.type, precision, 1 if device.type == "cpu" else [device.index]
         )
 
-    def part(self, total: int) -> slice:
+    def rank_slice(self, total: int) -> slice:
         """Return this rank's slice of `total` consecutive images.
 
-        Parts differ by at most one image; the first are larger.
+        The ranks' slices differ by at most one image; the first are larger.
         """
-        least, more = divmod(total, self.count)
+        least, more = divmod(total, self.world_size)
         first = self.rank * least + min(self.rank, more)
         return slice(first, first + least + (self.rank < more))
 
-    def most(self, total: int) -> int:
-        """Return the size of the largest part when `total` images are divided among the ranks."""
-        return -(-total // self.count)
+    def max_rank_size(self, total: int) -> int:
+        """Return the size of the largest slice when `total` images are divided among the ranks."""
+        return -(-total // self.world_size)
 
     @contextlib.contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
         """Raise on every rank, at the end of the block, an error that the block raises on any rank."""
-        if self.count == 1:
+        if self.world_size == 1:
             yield
             return
         try:
             yield
         except BaseException as error:
-            if not hasattr(error, "agreed"):
+            if not hasattr(error, "known_to_all_ranks"):
                 self._check_ranks(error)
             raise
         self._check_ranks()
@@ -127,7 +127,7 @@ class ProcessGroup:
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over ranks, with one message for all tensors of the same type."""
         self._check_ranks()
-        if self.count == 1:
+        if self.world_size == 1:
             return
         for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
             own = [tensor for tensor in tensors if tensor.dtype == kind]
@@ -146,7 +146,7 @@ class ProcessGroup:
         Returns:
             the number of rows (a scalar), their mean and their population variance, `(channels,)` each
         """
-        rows = values.new_zeros(self.count, 3, values.shape[1], dtype=torch.float64)
+        rows = values.new_zeros(self.world_size, 3, values.shape[1], dtype=torch.float64)
         if len(values):
             variance, mean = torch.var_mean(values.float(), 0, correction=0)
             rows[self.rank] = torch.stack([torch.full_like(mean, len(values)), mean, variance])
@@ -159,7 +159,7 @@ class ProcessGroup:
     def broadcast(self, value: Value) -> Value:
         """Return the main process's value on every rank; it must be a plain object or tensors on the CPU."""
         self._check_ranks()
-        if self.count == 1:
+        if self.world_size == 1:
             return value
         values = [value]
         with self._exchange():
@@ -175,8 +175,8 @@ class ProcessGroup:
         """Return the results of all ranks, one for each batch and rank, in the order of a single process."""
         return [part for batch in zip(*self.gather(parts), strict=True) for part in batch]
 
-    def place(self, images: int) -> tuple[int, int]:
-        """Return the number of images before this rank's part of the batch, and of the whole batch.
+    def batch_offset(self, images: int) -> tuple[int, int]:
+        """Return the number of images in the batch that precede this rank's part, and that of the whole batch.
 
         Args:
             images: number of images in this rank's part
@@ -185,9 +185,9 @@ class ProcessGroup:
         return sum(counts[: self.rank]), sum(counts)
 
     def _gather(self, value: Value) -> list[Value]:
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.world_size
         with self._exchange():
             dist.all_gather_object(values, value, group=self._messages)
         return values
@@ -198,7 +198,7 @@ class ProcessGroup:
         Returns:
             whether any rank has set `flag`
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return flag
         word = torch.tensor(2 if error is not None else int(flag))
         with self._exchange():
@@ -209,7 +209,7 @@ class ProcessGroup:
         rank = next(rank for rank, what in enumerate(errors) if what is not None)
         if rank != self.rank or errors[rank][0] == "stop":  # all ranks raise the same stop and save
             error = _unpack_error(rank, *errors[rank])
-        raise _mark_as_known(error, elsewhere=not self.is_main_process)
+        raise _mark_as_known(error, by_other_rank=not self.is_main_process)
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -217,24 +217,24 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self._rank_lost_error(error) from error
 
-    def _lost(self, error: RuntimeError) -> RankLost:
+    def _rank_lost_error(self, error: RuntimeError) -> RankLost:
         self._noticed = True
         until = time.monotonic() + 5
-        while not (gone := self.gone()) and time.monotonic() < until:
+        while not (gone := self.ended_ranks()) and time.monotonic() < until:
             time.sleep(0.1)
-        reports = self.rank == min(set(range(self.count)) - set(gone))
+        reports = self.rank == min(set(range(self.world_size)) - set(gone))
         if not reports:  # stay alive until the reporting rank has found the rank that ended first
             time.sleep(2)
         why = "" if gone else f" ({error!s:.200})"
-        return _mark_as_known(RankLost(self._named(gone) + why), elsewhere=not reports)
+        return _mark_as_known(RankLost(self._describe_ranks(gone) + why), by_other_rank=not reports)
 
-    def gone(self) -> list[int]:
+    def ended_ranks(self) -> list[int]:
         """Return the ranks on this machine whose processes have ended."""
         return [rank for rank, peer in enumerate(self._peers) if rank != self.rank and has_ended(peer)]
 
-    def _named(self, gone: Sequence[int]) -> str:
+    def _describe_ranks(self, gone: Sequence[int]) -> str:
         if not gone:
             others = {peer.machine for peer in self._peers} - {this_process().machine}
             where = " on another machine" if others else ""
@@ -243,13 +243,13 @@ class ProcessGroup:
         return f"{names} {'has' if len(gone) == 1 else 'have'} ended"
 
     def watch(self) -> None:
-        """End this process `GRACE_SECONDS` after another rank has ended, if it still waits, as it can under NCCL."""
+        """End this process `GRACE_SECONDS` after another rank has ended, if it still waits for it, as NCCL would."""
         since = None
-        while not self._over.wait(1.0):
-            gone = self.gone()
+        while not self._finished.wait(1.0):
+            gone = self.ended_ranks()
             since = (since or time.monotonic()) if gone else None
             if since and not self._noticed and time.monotonic() - since > GRACE_SECONDS:
-                print_lines(f"afterimage: {self._named(gone)}; {RESUME_HINT}", error=True)
+                print_lines(f"afterimage: {self._describe_ranks(gone)}; {RESUME_HINT}", error=True)
                 os._exit(1)
 
 
@@ -290,16 +290,18 @@ def distributed_context(accelerator: str = "auto") -> Iterator[ProcessGroup]:
         yield ranks
         return
     _depth[0] += 1
-    ranks._over.clear()
+    ranks._finished.clear()
     watching = threading.Thread(target=ranks.watch, daemon=True)
     watching.start()
     try:
         yield ranks
         ranks._check_ranks()
     except RankLost as error:
-        raise _mark_as_known(AfterimageError(f"{error}; {RESUME_HINT}"), elsewhere=error.elsewhere) from None
+        raise _mark_as_known(
+            AfterimageError(f"{error}; {RESUME_HINT}"), by_other_rank=error.reported_by_other_rank
+        ) from None
     finally:
-        ranks._over.set()
+        ranks._finished.set()
         watching.join()
         _depth[0] -= 1
 
@@ -325,9 +327,9 @@ def _launched(accelerator: str) -> Fabric:
     return fabric
 
 
-def _mark_as_known(error: Error, elsewhere: bool) -> Error:
-    """Mark an error as known to all ranks; `elsewhere` says that another rank reports it to the user."""
-    error.agreed, error.elsewhere = True, elsewhere
+def _mark_as_known(error: Error, by_other_rank: bool) -> Error:
+    """Mark an error as known to all ranks; `by_other_rank`: another rank reports it to the user."""
+    error.known_to_all_ranks, error.reported_by_other_rank = True, by_other_rank
     return error
 
 
@@ -348,8 +350,8 @@ def _pack_error(error: BaseException) -> tuple[str, Any, str, str]:
     return kind, what, traceback_text(error), error_scope(error)
 
 
-def _unpack_error(rank: int, kind: str, what: Any, story: str, concerns: str) -> BaseException:
-    """Create an error from the `_pack_error` error of another rank."""
+def _unpack_error(rank: int, kind: str, what: Any, traceback: str, concerns: str) -> BaseException:
+    """Create the error that another rank sent, from the values of `_pack_error`."""
     if kind == "stop":
         return Stopped(what)
     if kind == "other":
@@ -358,5 +360,5 @@ def _unpack_error(rank: int, kind: str, what: Any, story: str, concerns: str) ->
         what = f"on rank {rank}: {what}"
     kinds = {"lock": LockLost, "error": AfterimageError, "memory": MemoryError, "unexpected": UnexpectedError}
     error = kinds[kind](what)
-    error.story, error.concerns = story, concerns
+    error.traceback_text, error.concerns = traceback, concerns
     return error

@@ -1,4 +1,4 @@
-"""Exceptions that end one part of the work while the rest continues.
+"""Handling of exceptions, so that each ends one part of the work while the rest continues.
 
 An exception of any type ends the run, row or image set in which it occurs and everything that depends on that, but
 nothing else. The run's folder stores the traceback and the state `failed`; the terminal shows one line.
@@ -23,14 +23,14 @@ EVERYTHING, ENCODERS = "everything", "encoders"
 class UnexpectedError(AfterimageError):
     """Error for an exception that the code does not expect, in one line; `traceback_text` is its traceback."""
 
-    def __init__(self, text: str, story: str = "") -> None:
-        super().__init__(text)
-        self.story = story
+    def __init__(self, message: str, traceback_text: str = "") -> None:
+        super().__init__(message)
+        self.traceback_text = traceback_text
 
 
 @contextlib.contextmanager
 def set_error_scope(what: str) -> Iterator[None]:
-    """Mark exceptions of this block as affecting the scope `what`, unless they are already marked."""
+    """Mark exceptions raised in this block with the scope `what` that they affect, unless they have one already."""
     try:
         yield
     except Exception as error:
@@ -64,14 +64,14 @@ def collect_failures(failures: list[AfterimageError], what: str) -> Iterator[Non
 
 
 def run_all_or_each(
-    work: Callable[[list[Item]], None], items: Sequence[Item], failed: Callable[[Item, Exception], None]
+    work: Callable[[list[Item]], None], items: Sequence[Item], on_failure: Callable[[Item, Exception], None]
 ) -> None:
     """Do `work` for all items at once or, if that raises, for each item alone.
 
     Args:
         work: called with all items, or with one
         items: the items
-        failed: called with an item that fails alone, and its error
+        on_failure: called with an item that fails alone, and its error
 
     Raises:
         Exception: an error that concerns everything, see `error_scope`
@@ -85,11 +85,11 @@ def run_all_or_each(
         if error_scope(error) == EVERYTHING:
             raise
         if len(items) == 1:
-            failed(items[0], error)
+            on_failure(items[0], error)
             return
         clear_error_frames(error)
     for item in items:
-        run_all_or_each(work, [item], failed)
+        run_all_or_each(work, [item], on_failure)
 
 
 def protect_callback(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,7 +111,7 @@ def one_line(error: BaseException) -> str:
 
 def traceback_text(error: BaseException) -> str:
     """Return an exception's traceback; for one of another rank or machine, the traceback from there."""
-    return printable(getattr(error, "story", "") or "".join(traceback.format_exception(error)))
+    return printable(getattr(error, "traceback_text", "") or "".join(traceback.format_exception(error)))
 
 
 def is_expected(error: BaseException) -> bool:
@@ -122,7 +122,7 @@ def is_expected(error: BaseException) -> bool:
 
 
 def error_message(error: Exception) -> str:
-    """Return an exception's message, on one line unless it was foreseen."""
+    """Return an exception's message, on one line unless `is_expected`."""
     if not is_expected(error):
         return one_line(error)
     known = isinstance(error, AfterimageError)
@@ -158,7 +158,7 @@ def clear_error_frames(error: BaseException | None) -> None:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
-        for mark in ("concerns", "agreed"):
+        for mark in ("concerns", "known_to_all_ranks"):
             vars(error).pop(mark, None)
         error = error.__cause__ or error.__context__
 

@@ -299,7 +299,7 @@ def _settings(file: Path, name: str, files: Sequence[str]) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_bytes())
         if not isinstance(settings, dict):
-            raise ValueError("it is no table of settings")
+            raise ValueError("it is not a table of settings")
     except (OSError, ValueError) as error:
         raise AfterimageError(f"cannot read the {files[0]} of {name}: {first_line(error)}") from None
     return settings

@@ -20,7 +20,7 @@ from afterimage.runtime.terminal import Progress
 
 
 class LockLost(AfterimageError):
-    """Loss of a lock: another process took it over, because this one gave no sign of life for too long."""
+    """Error for a lock that another process took over, because this process did not touch it for too long."""
 
 
 class ProcessIdentity(NamedTuple):
@@ -110,7 +110,7 @@ class GracefulShutdown:
         if self.number is not None:
             raise Stopped(self.number)
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None and not self.ignore_second_signal:  # asked twice: end at once
             raise Interrupted(number)
         self.number = number
@@ -118,12 +118,12 @@ class GracefulShutdown:
 
 @contextlib.contextmanager
 def graceful_shutdown(ignore_second_signal: bool = False) -> Iterator[GracefulShutdown]:
-    """Record SIGTERM and Ctrl-C inside this block in the `GracefulShutdown` that it yields.
+    """Record a SIGTERM or Ctrl-C that arrives inside this block in the yielded `GracefulShutdown`.
 
     A second signal ends the block at once, unless `ignore_second_signal` is set.
     """
     stop = GracefulShutdown(ignore_second_signal)
-    with _install_handler(stop._asked, signal.SIGTERM, signal.SIGINT):
+    with _install_handler(stop._handle_signal, signal.SIGTERM, signal.SIGINT):
         yield stop
     stop.check()  # the signal may have come after the last check
 

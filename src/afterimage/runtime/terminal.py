@@ -85,17 +85,17 @@ class Writer:
     def write(self, text: str) -> int:
         """Write text, and return its length as if all of it had been written."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        with self._kept():
+        with self._catch_errors():
             self.stream.write(text.encode(encoding, _HANDLER).decode(encoding))
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream."""
-        with self._kept():
+        with self._catch_errors():
             self.stream.flush()
 
     @contextlib.contextmanager
-    def _kept(self) -> Iterator[None]:
+    def _catch_errors(self) -> Iterator[None]:
         """Catch errors of this block, and keep the first one in `failure`."""
         try:
             yield
@@ -184,15 +184,15 @@ codecs.register_error(_HANDLER, _replace_unencodable)
 
 
 Progress = Callable[..., None]
-"""Callback `progress(what, done, total, **figures)`: name of the work, number of finished and of all steps, and
-figures to show.
+"""Callback `progress(task, done, total, **values)`: name of the task, number of finished steps, number of all steps,
+and values to show.
 
-A figure may be a function, which is called only if the figure is shown, because reading a value from a device
+A value may be a function, which is called only if the value is shown, because reading a value from a device
 waits for the device. Concurrent work passes `group="2/5"` to get a line for each group.
 """
 
 
-def no_progress(what: str, done: int, total: int, **figures: Any) -> None:
+def no_progress(task: str, done: int, total: int, **values: Any) -> None:
     """Show no progress."""
 
 
@@ -206,16 +206,16 @@ class Display:
         self._lines: dict[str, _Line] = {}
         self._status = None
 
-    def __call__(self, what: str, done: int, total: int, *, group: str = "", **figures: Any) -> None:
+    def __call__(self, task: str, done: int, total: int, *, group: str = "", **values: Any) -> None:
         now = time.monotonic()
         line = self._lines.get(group)
-        if line is None or line.what != what:
-            line = self._lines[group] = _Line(what, now, done)
+        if line is None or line.task != task:
+            line = self._lines[group] = _Line(task, now, done)
         finished = done >= total
         if not finished and now - line.shown < self.interval:
             return
         line.shown = now
-        line.text = f"{group}  " * bool(group) + line.describe(done, total, now, figures)
+        line.text = f"{group}  " * bool(group) + line.describe(done, total, now, values)
         if finished:
             del self._lines[group]
         if finished or not self.live:
@@ -254,20 +254,20 @@ class Display:
 class _Line:
     """The current work of one group, and its start."""
 
-    def __init__(self, what: str, started: float, begun_at: int) -> None:
-        self.what, self.started, self.begun_at = what, started, begun_at
+    def __init__(self, task: str, started: float, first_step: int) -> None:
+        self.task, self.started, self.first_step = task, started, first_step
         self.shown, self.text = 0.0, ""
 
-    def describe(self, done: int, total: int, now: float, figures: dict[str, Any]) -> str:
-        parts = [self.what]
+    def describe(self, done: int, total: int, now: float, values: dict[str, Any]) -> str:
+        parts = [self.task]
         if total > 1:
             parts.append(f"{done:,}/{total:,} ({done / total:.0%})")
-        for name, value in figures.items():
+        for name, value in values.items():
             value = value() if callable(value) else value
             parts.append(
                 f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
             )
-        elapsed, steps = now - self.started, done - self.begun_at
+        elapsed, steps = now - self.started, done - self.first_step
         if done < total and steps > 0 and elapsed > 1:
             parts.append(f"{format_duration(elapsed / steps * (total - done))} left")
         elif done >= total and elapsed >= 1:

@@ -72,7 +72,7 @@ class DecoderTrainer:
         self.identity, self.context = dict(identity or {}), context or RunContext()
         self.feature_indices = list(feature_indices)
         self._norms = adapt_batch_norms(model, self.context.ranks)
-        self.synchronises = self.context.ranks.count > 1 and bool(self._norms)
+        self.synchronises = self.context.ranks.world_size > 1 and bool(self._norms)
         self.model = model.to(fabric.device)
         if model.decoder.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -99,7 +99,7 @@ class DecoderTrainer:
 
     def share(self) -> None:
         """Copy the main process's decoder to all ranks, since other machines may round differently."""
-        if self.context.ranks.count > 1:
+        if self.context.ranks.world_size > 1:
             state = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
             self.model.load_state_dict(self.context.ranks.broadcast(state))
 
@@ -137,7 +137,7 @@ class DecoderTrainer:
         self.micro_batch = size
         note = f"out of memory: gradients are summed over micro-batches of {size}, the same mathematics"
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules()):
-            note += f" except that batch norm sees {size * self.context.ranks.count} images at a time"
+            note += f" except that batch norm sees {size * self.context.ranks.world_size} images at a time"
         self.notes.append(f"{note}; from epoch {self.epoch + 1} on")
         self.context.log(f"{self.name}: {note}")
 
@@ -210,7 +210,11 @@ class DecoderTrainer:
             | {"total": self.total_loss}
         )
         facts = {name: getattr(self, name) for name in CHECKPOINT_ATTRIBUTES}
-        facts |= {"identity": self.identity, "torch": torch.__version__, "ranks": self.context.ranks.count}
+        facts |= {
+            "identity": self.identity,
+            "torch": torch.__version__,
+            "ranks": self.context.ranks.world_size,
+        }
         if self.optimizer is not None:
             moments, groups = pack_optimizer(self.optimizer.optimizer)
             tensors |= prefixed("optimizer", moments)
@@ -271,9 +275,9 @@ class DecoderTrainer:
             self.fabric.strategy.precision.load_state_dict(facts["precision"])
         for name in CHECKPOINT_ATTRIBUTES:
             setattr(self, name, facts[name])
-        if (before := facts.get("ranks", 1)) != self.context.ranks.count:
+        if (before := facts.get("ranks", 1)) != self.context.ranks.world_size:
             self.notes.append(
-                f"went on with {self.context.ranks.count} instead of {before} processes in epoch "
+                f"went on with {self.context.ranks.world_size} instead of {before} processes in epoch "
                 f"{self.epoch + 1}, which rounds sums in another order"
             )
         if facts["torch"] != torch.__version__:

@@ -215,7 +215,7 @@ class FeatureLoader:
         """Yield this rank's part of every batch."""
         for start in range(0, len(indices), self.recipe.batch_size):
             batch = indices[start : start + self.recipe.batch_size]
-            yield batch[self.context.ranks.part(len(batch))]
+            yield batch[self.context.ranks.rank_slice(len(batch))]
 
     def encode_batch(self, image_set: ImageSet, indices: Tensor, images: Tensor, **crop: Any) -> list[Tensor]:
         """Return the feature maps that decoders receive for images of a set; a subclass may override this."""

@@ -51,7 +51,7 @@ class StoredEncoders(FeatureSource):
             if source not in known:
                 raise unknown_choice_error(f"layer of {printable_path(store.path)}", source, known)
         self._layers = [known[source] for source in self.sources]
-        self._rows = {content: row for row, content in enumerate(store.content)}
+        self._rows = {content: row for row, content in enumerate(store.content_digests)}
         self._unused = ""
         self.eval()
 
@@ -135,10 +135,10 @@ class StoredEncoders(FeatureSource):
                 f"{name}: features are of images of {told} pixels, resized to {resize} before, but those of this run "
                 f"have {now}, resized to {config.resize} before: give --size {told} --resize {resize}"
             )
-        content = dict(zip(store.ids, store.content, strict=True)) if store.named else {}
+        content = dict(zip(store.ids, store.content_digests, strict=True)) if store.has_ids else {}
         used: set[str] = set()
         for split, part in zip(SPLITS, (data.train, data.validation, data.test), strict=True):
-            missing = [one for one in part.ids if one not in content] if store.named else []
+            missing = [one for one in part.ids if one not in content] if store.has_ids else []
             if missing:
                 raise AfterimageError(
                     f"{name} has no features of {len(missing):,} of the {len(part):,} {split} images, for example "
@@ -150,7 +150,7 @@ class StoredEncoders(FeatureSource):
             for chunk, images in zip(chunks, part.batches(chunks), strict=True):
                 for i, found in zip(chunk, _contents(images), strict=True):
                     one = part.ids[i]
-                    if store.named and content[one] != found:
+                    if store.has_ids and content[one] != found:
                         raise AfterimageError(
                             f"{name}: features of {printable_path(one)} are of other pixels than the "
                             f"{split} image of that "
@@ -168,7 +168,7 @@ class StoredEncoders(FeatureSource):
 
 
 def _contents(images: Tensor) -> list[str]:
-    """Return the SHA-256 of each image's pixels as in `FeatureStore.content`; images are in [0, 1]."""
+    """Return the SHA-256 of each image's pixels as in `FeatureStore.content_digests`; images are in [0, 1]."""
     pixels = images.mul(255).round().to(torch.uint8).cpu().contiguous().numpy()
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
 

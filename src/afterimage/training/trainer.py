@@ -235,7 +235,7 @@ class Trainer:
                             self.check_features(decoder)
                             own = decoder.select_features(features)
                             decoder.model.partial_fit(part, own, images, validation=held_out)
-                done += self.context.ranks.place(len(images))[1]
+                done += self.context.ranks.batch_offset(len(images))[1]
                 self.context.progress("fitting in closed form", done, total)
                 self.context.check_shutdown()
                 if all(decoder.failed for decoder in parts):
@@ -321,7 +321,7 @@ def _optimizer_step(
     If memory runs out, gradients are summed over micro-batches, whose size is halved until they fit.
     """
     ranks, context = decoder.context.ranks, decoder.context
-    largest_part = ranks.most(batch_size)
+    largest_part = ranks.max_rank_size(batch_size)
     wanted = min(decoder.micro_batch, largest_part)
     buffers = [buffer.clone() for buffer in decoder.model.buffers()]
 
@@ -380,7 +380,7 @@ def _accumulate_gradients(
 
 def _all_reduce(decoder: DecoderTrainer, loss: Tensor) -> Tensor:
     """Sum gradients and loss over ranks, in place; return the loss."""
-    if decoder.context.ranks.count > 1:
+    if decoder.context.ranks.world_size > 1:
         trainable = [p for p in decoder.model.parameters() if p.requires_grad]
         for parameter in trainable:
             if parameter.grad is None:

@@ -107,7 +107,7 @@ def test_the_command_exits_by_its_limits(cache, tmp_path, monkeypatch, capsys):
     for root, passed in (("leak", False), ("constant", True)):
         values = json.loads((tmp_path / root / "audit.json").read_text())
         assert values["verdict"]["passed"] is passed and len(values["rows"]) == 1
-        assert "no stronger attack exists" in values["does_not_show"][0]
+        assert "no stronger attack exists" in values["limitations"][0]
         assert "not which labels, captions or persons can be read" in values["verdict"]["scope"]
     sys.modules.pop("planted_encoders")
 
@@ -213,7 +213,7 @@ def test_settings_survive_toml(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pairs": "x.npz"}, "an audit is of one thing"),
+        ({"pairs": "x.npz"}, "an audit has one target"),
         ({"model": ""}, "got none"),
         ({"layers": ()}, "name at least one layer"),
         ({"defences": ()}, "name at least one defence"),

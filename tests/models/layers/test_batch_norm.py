@@ -114,7 +114,7 @@ def compare_single_values():
         adapt_batch_norms(plain)
         (norm,) = adapt_batch_norms(module, ranks)
         maps = torch.tensor([3.0, -1.0, 0.5]).view(1, 3, 1, 1)
-        own = maps[ranks.part(1)].clone().requires_grad_()
+        own = maps[ranks.rank_slice(1)].clone().requires_grad_()
         plain(maps).square().sum().backward()
         module(own).square().sum().backward()
         gradients = [norm.weight.grad, norm.bias.grad]

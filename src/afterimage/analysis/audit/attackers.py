@@ -234,7 +234,7 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
     Raises:
         AfterimageError: the pool holds a test image
     """
-    own = pool.train.joined(pool.validation)
+    own = pool.train.concat(pool.validation)
     places = shared_indices(own, data.test)
     if len(places):
         raise AfterimageError(

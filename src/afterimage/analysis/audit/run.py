@@ -136,7 +136,7 @@ def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data
             for defence in config.defences
             for decoder in config.attackers.decoders
             for threat_model in config.attackers.threat_models
-            for answer in config.attackers.answers(threat_model)
+            for answer in config.attackers.result_kinds(threat_model)
         ]
         for count, data in attackers.items()
     }

@@ -235,7 +235,7 @@ class AuditSession:
         """Append the result of a condition to `into`, if it is done."""
         run = self.run(condition)
         if run.state == "done":
-            into.append(Attack.of(run, self.root))
+            into.append(Attack.from_run(run, self.root))
 
     def note(self, text: str) -> None:
         """Add a note to the results and report it as progress."""

@@ -171,12 +171,14 @@ class StoredImages(ImageSet):
 
     def __init__(self, store: FeatureStore, rows: np.ndarray) -> None:
         self.store, self.rows = store, rows
-        self.ids, self.content = ([values[i] for i in rows] for values in (store.ids, store.content))
+        self.ids, self.content_digests = (
+            [values[i] for i in rows] for values in (store.ids, store.content_digests)
+        )
 
     def subset(self, indices: np.ndarray) -> StoredImages:
         return StoredImages(self.store, self.rows[indices])
 
-    def joined(self, other: StoredImages) -> StoredImages:
+    def concat(self, other: StoredImages) -> StoredImages:
         return StoredImages(self.store, np.concatenate([self.rows, other.rows]))
 
     def crops(
@@ -210,7 +212,7 @@ def load_stored_pairs(
         AfterimageError: `open_store` raises it, or there are too few pairs
     """
     store = open_store(path)
-    notes = [f"{layer_key(layer)}: {kind}" for layer, kind in store.kinds.items()]
+    notes = [f"{layer_key(layer)}: {kind}" for layer, kind in store.layout_descriptions.items()]
     chunks = np.split(np.arange(len(store)), range(BATCH, len(store), BATCH))
     facts = [
         examine(Image.fromarray(image.transpose(1, 2, 0)))
@@ -228,7 +230,7 @@ def load_stored_pairs(
     cut = rest - max(1, rest // 5)
     parts = [StoredImages(store, part) for part in np.split(order, [cut, rest])]
     # By split: another split of the same pairs is another measurement.
-    hashed = hashlib.sha256(json.dumps([part.content for part in parts]).encode())
+    hashed = hashlib.sha256(json.dumps([part.content_digests for part in parts]).encode())
     for layer in store.specs:
         for chunk in chunks:
             hashed.update(store.features(layer, chunk).numpy().tobytes())

@@ -92,7 +92,7 @@ def from_source(
     These are its test split or, if it has none, all its images; errors are those of `load_test_images`.
     """
     images, notes = load_test_images(config, training=False, cache=cache, progress=progress)
-    digest = crops_digest(config, images.content)
+    digest = crops_digest(config, images.content_digests)
     facts = DataFacts(
         config.source, config.test, digest, digest, len(images), config.resize, config.crop
     )  # fmt: skip
@@ -178,7 +178,7 @@ def invert_run(
         configs.append(InversionConfig(sources, where, run.name, method, estimate=estimate, **common))
     if plain:
         configs.append(InversionConfig(sources, where, "", method, **common))
-    folders = {config.answer: Run.create(root, config) for config in configs}
+    folders = {config.result_kind: Run.create(root, config) for config in configs}
     metrics = Metrics(lpips, size=min(given.config.size))
     now = given.facts, metrics.lpips_status
     missing = {

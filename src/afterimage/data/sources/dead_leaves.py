@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from afterimage.config import AfterimageError
-from afterimage.data.records import Content, FileDigests, Original
+from afterimage.data.originals import Content, FileDigests, Original
 from afterimage.data.sampling import Source
 
 VERSION = 1
@@ -190,7 +190,7 @@ class DeadLeaves(Original):
         recipe = f"dead leaves {VERSION}, series {self.series}, image {self.index}, size {size}"
         return Content(hashlib.sha256(recipe.encode()).hexdigest(), size * 5 // 4, size)
 
-    def decoded(self, size: int, content: str) -> Image.Image:
+    def decode_image(self, size: int, content: str) -> Image.Image:
         return dead_leaves(self.series, self.index, size * 5 // 4, size)
 
 

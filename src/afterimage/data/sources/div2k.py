@@ -20,7 +20,7 @@ from pathlib import Path
 
 from afterimage.config import AfterimageError, local_path, printable_path
 from afterimage.data.decode import error_reason
-from afterimage.data.records import FileOriginal
+from afterimage.data.originals import FileOriginal
 from afterimage.data.sampling import Source
 from afterimage.runs.files import sha256
 from afterimage.runs.lock import hold_lock
@@ -99,7 +99,7 @@ def check_free_space(folder: Path, needed: int) -> None:
         raise AfterimageError(
             f"not enough room in {printable_path(folder)}: {needed / 1e9:.1f} GB are needed, "
             f"{free / 1e9:.1f} GB are free; "
-            "set AFTERIMAGE_CACHE to a folder with more"
+            "set AFTERIMAGE_CACHE to a folder on a disk with more"
         )
 
 
@@ -112,7 +112,7 @@ def _fetch(archive: Archive, url: str, part: Path, progress: Progress) -> None:
         length = response.headers.get("Content-Length")
         if length is not None and have + int(length) != archive.bytes:
             raise AfterimageError(
-                f"{url} is not what it should be: {have + int(length):,} bytes instead of {archive.bytes:,}; "
+                f"{url} has the wrong size: {have + int(length):,} bytes instead of {archive.bytes:,}; "
                 "is there a proxy or a login page in between?"
             )
         with open(part, "ab" if have else "wb") as file:

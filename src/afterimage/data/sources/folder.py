@@ -10,7 +10,7 @@ from pathlib import Path
 
 from afterimage.config import AfterimageError, join_names, local_path
 from afterimage.data.decode import EXTENSIONS, error_reason, printable_path
-from afterimage.data.records import FileOriginal
+from afterimage.data.originals import FileOriginal
 from afterimage.data.sampling import (
     SELF_EXPLANATORY_NAMES,
     SPLIT_WORDS,
@@ -36,7 +36,7 @@ class _Survey:
 
     images: dict[Place, list[str]] = field(default_factory=dict)
     others: dict[Place, Counter[str]] = field(default_factory=dict)
-    closed: dict[Place, str] = field(default_factory=dict)
+    unreadable: dict[Place, str] = field(default_factory=dict)
 
 
 def read_folder(path: str) -> Source:
@@ -111,8 +111,8 @@ def _originals(
     root: Path, survey: _Survey, folders: list[Path], chosen: Callable[[Place], bool]
 ) -> list[FileOriginal]:
     """Return the images in the chosen places, sorted by id, the path below `root`; raise if there are none."""
-    if closed := sorted(place for place in survey.closed if chosen(place)):
-        raise AfterimageError(survey.closed[closed[0]])
+    if closed := sorted(place for place in survey.unreadable if chosen(place)):
+        raise AfterimageError(survey.unreadable[closed[0]])
     found: dict[str, FileOriginal] = {}
     for file in sorted("/".join((*p, name)) for p, own in survey.images.items() if chosen(p) for name in own):
         name = printable_path(file)
@@ -144,7 +144,7 @@ def _walk_folders(root: Path) -> _Survey:
             with os.scandir(root.joinpath(*place)) as entries:
                 names = sorted((entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != ".")
         except OSError as error:
-            survey.closed[place] = (
+            survey.unreadable[place] = (
                 f"cannot read the folder {printable_path(error.filename)}: {error_reason(error)}"
             )
             continue

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from afterimage.config import AfterimageError, join_names, unknown_choice_error
 from afterimage.data.decode import MAX_BYTES, BadImage, printable_path, read_bytes
-from afterimage.data.records import EncodedOriginal
+from afterimage.data.originals import EncodedOriginal
 from afterimage.data.sampling import (
     SELF_EXPLANATORY_NAMES,
     TEST,
@@ -45,16 +45,16 @@ class ImageTable:
     Attributes:
         table: the table
         column: name of the column with images
-        state: text that changes when the table does
+        fingerprint: text that changes when the table does
         root: text before the images' ids in messages
-        below: folders that hold the image files which rows may refer to, as tables of image folders on the hub do
+        file_roots: folders that hold the image files which rows may refer to, as tables of image folders on the hub do
     """
 
     table: datasets.Dataset
     column: str
-    state: str
+    fingerprint: str
     root: str
-    below: tuple[Path, ...] = ()
+    file_roots: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,14 +69,14 @@ class RowOriginal(EncodedOriginal):
     def name(self) -> str:
         return f"{self.images.root}/{self.id}"
 
-    def state(self) -> str:
-        return f"{self.images.state} {self.row}"
+    def fingerprint(self) -> str:
+        return f"{self.images.fingerprint} {self.row}"
 
     def read(self) -> bytes:
         images = self.images
         found = images.table[self.row][images.column] or {}
         content, path = found.get("bytes"), Path(os.path.normpath(found.get("path") or ""))
-        if not content and any(map(path.is_relative_to, images.below)):
+        if not content and any(map(path.is_relative_to, images.file_roots)):
             content = read_bytes(path)
         if not content:
             raise BadImage(self.name, f"has no bytes in the column {images.column}")
@@ -100,7 +100,7 @@ def read_hub(name: str, cache: Path, progress: Progress = no_progress) -> Source
 
     match = _HUB.fullmatch(name)
     if match is None:
-        raise AfterimageError(f"{name!r} is no name of a dataset: write hf:OWNER/NAME[@REVISION][:SPLIT]")
+        raise AfterimageError(f"{name!r} is not a dataset name: write hf:OWNER/NAME[@REVISION][:SPLIT]")
     repository, revision, chosen = match.groups()
     # Use one folder per revision, because the library takes any cached revision when it is offline.
     folder = cache / "datasets" / hashlib.sha256(f"{repository}@{revision or ''}".encode()).hexdigest()[:24]
@@ -148,7 +148,7 @@ def _from_hub(
         except Exception as error:
             why = explain_refusal(repository, revision, error, "datasets/")
             if not hasattr(error, "response"):
-                why += "; with HF_HUB_OFFLINE=1 what the cache has is taken"
+                why += "; with HF_HUB_OFFLINE=1 the cached copy is used"
             raise AfterimageError(f"cannot read hf:{repository}: {why}") from None
     elif not folder.is_dir():
         raise AfterimageError(
@@ -213,7 +213,9 @@ def image_column(features: Mapping[str, Any], what: str) -> str:
     )
 
 
-def find_images(table: datasets.Dataset, what: str, root: str, below: tuple[Path, ...] = ()) -> ImageTable:
+def find_images(
+    table: datasets.Dataset, what: str, root: str, file_roots: tuple[Path, ...] = ()
+) -> ImageTable:
     import datasets
 
     column = image_column(table.features, what)
@@ -222,4 +224,4 @@ def find_images(table: datasets.Dataset, what: str, root: str, below: tuple[Path
     files = [(file["filename"], os.stat(file["filename"]).st_mtime_ns) for file in table.cache_files]
     with preparing(what):
         table = table.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    return ImageTable(table, column, hashlib.sha256(repr(files).encode()).hexdigest(), root, below)
+    return ImageTable(table, column, hashlib.sha256(repr(files).encode()).hexdigest(), root, file_roots)

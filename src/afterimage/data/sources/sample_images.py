@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from afterimage.config import AfterimageError, printable_path
-from afterimage.data.records import FileOriginal, PartOriginal
+from afterimage.data.originals import FileOriginal, PartOriginal
 from afterimage.data.sampling import Source
 
 # Id, file, and the columns and rows of the grid of parts; 1 x 1 means no parts.

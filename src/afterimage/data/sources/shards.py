@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from afterimage.config import AfterimageError, first_line, join_names, local_path
 from afterimage.data.decode import EXTENSIONS, MAX_BYTES, printable_path
-from afterimage.data.records import FileOriginal
+from afterimage.data.originals import FileOriginal
 from afterimage.data.sampling import (
     TEST,
     TRAINING,
@@ -73,7 +73,7 @@ def read_webdataset(pattern: str, cache: Path, progress: Progress = no_progress)
         cache, progress: see `read_source`
 
     Raises:
-        AfterimageError: a file is missing, damaged or cut short, or has no images
+        AfterimageError: a file is missing, damaged or truncated, or has no images
     """
     return _read_shards(pattern, "webdataset", _members, cache, progress)
 
@@ -135,9 +135,9 @@ def _check_end(archive: tarfile.TarFile) -> None:
     archive.fileobj.seek(archive.offset)
     rest = iter(lambda: archive.fileobj.read(2**20), b"")
     if (first := next(rest, None)) is None:
-        raise tarfile.ReadError("it was cut short: it has no mark at its end")
+        raise tarfile.ReadError("it is truncated: the end-of-archive marker is missing")
     if first.strip(b"\0") or any(chunk.strip(b"\0") for chunk in rest):
-        raise tarfile.ReadError(f"what stands at byte {archive.offset:,} is neither a member nor the end")
+        raise tarfile.ReadError(f"the data at byte {archive.offset:,} is neither a member nor the end")
 
 
 def _read_shards(
@@ -174,7 +174,7 @@ def _read_shards(
     others: Counter[str] = Counter()
     for part, own in chosen.items():
         what = join_names([printable_path(path) for path in own], 3)
-        states = [FileOriginal("", path.parent, path.name).state() for path in own]
+        states = [FileOriginal("", path.parent, path.name).fingerprint() for path in own]
         with preparing(what, progress):
             table = library.Dataset.from_generator(
                 rows,

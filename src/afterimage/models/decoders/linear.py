@@ -195,7 +195,7 @@ class LinearDecoder(Decoder):
             location = self._inside.repeat(images)
         else:
             # Drawn for the whole batch, so that an image's locations do not depend on the number of ranks.
-            before, total = self._ranks.place(images)
+            before, total = self._ranks.batch_offset(images)
             draws = torch.rand(total, n, generator=self._generator)[before : before + images]
             location = self._inside[draws.topk(self._locations_per_view).indices.flatten()]
         image = torch.arange(images).repeat_interleave(min(self._locations_per_view, n))

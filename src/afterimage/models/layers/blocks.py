@@ -137,7 +137,8 @@ def adapt_batch_norms(module: nn.Module, ranks: ProcessGroup = SINGLE_PROCESS) -
         for name, child in parent.named_children():
             # Other subclasses may do more than normalise.
             if type(child) in (nn.BatchNorm2d, BatchNorm, DistributedBatchNorm):
-                setattr(parent, name, (BatchNorm if ranks.count == 1 else DistributedBatchNorm)(child, ranks))
+                own = BatchNorm if ranks.world_size == 1 else DistributedBatchNorm
+                setattr(parent, name, own(child, ranks))
     return [child for child in module.modules() if isinstance(child, BatchNorm)]
 
 

@@ -96,7 +96,7 @@ def write_audit(
         "without_features": [asdict(row) for row in results.blind],
         "costs": costs,
         "notes": results.notes,
-        "does_not_show": list(DOES_NOT_SHOW),
+        "limitations": list(LIMITATIONS),
         "command": command,
     }
     write_json(written["audit.json"], values)
@@ -120,12 +120,13 @@ def write_audit(
     return written
 
 
-DOES_NOT_SHOW = (
+LIMITATIONS = (
     "That no stronger attack exists. Every number says what these attackers got: more images, a larger decoder, a "
     "generative model or an idea nobody has had yet may get more. A pass is no proof of privacy.",
     "What leaks besides the image. A reconstruction that nobody recognises can still give away age, place, disease "
     "or identity: none of that was tested.",
-    "What single people risk. Scores are means over the test images; the table names the one that came back best.",
+    "The risk of individual persons. Scores are means over the test images; the table names the image that was "
+    "reconstructed best.",
     "Anything about other images. The test images stand for yours only as far as they resemble them.",
 )
 
@@ -143,7 +144,7 @@ def _table(results: AuditResults, limits: LimitsConfig) -> list[dict[str, Any]]:
 
 
 def _albums(results: AuditResults, root: Path) -> list[dict[str, Any]]:
-    """Return for each layer the first test images and, by defence, the answers of best mean SSIM."""
+    """Return for each layer the first test images and, by defence, the reconstructions of best mean SSIM."""
     albums = []
     for layer, rows in group_by(results.rows, lambda row: row.layer).items():
         columns = {"original": []}

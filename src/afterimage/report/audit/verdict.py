@@ -97,7 +97,7 @@ class Verdict:
 
 
 def attacker_text(attacker: Attacker) -> str:
-    """Describe an attacker and the kind of its answer: `linear, 640 images, white-box, refined`."""
+    """Describe an attacker and the kind of its reconstructions: `linear, 640 images, white-box, refined`."""
     source = f" from {attacker.data}" if attacker.data else ""
     return (
         f"{attacker.decoder}, {attacker.images:,} images{source}, {attacker.threat_model}, {attacker.answer}"

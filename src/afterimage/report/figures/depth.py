@@ -76,13 +76,15 @@ BAND = "#F3DFA2"
 def bound_by_depth(rows: Rows) -> list[Drawing]:
     """Draw measured bound and decoder by depth, a figure for each decoder with bounds of several layers."""
     found = [
-        pair for pair in by_decoder(bounds_of(rows)).items() if len({b.found.sources for b in pair[1]}) > 1
+        pair
+        for pair in by_decoder(bounds_of(rows)).items()
+        if len({b.reference.sources for b in pair[1]}) > 1
     ]
     return [_kept(label, bounds, number) for number, (label, bounds) in enumerate(found)]
 
 
 def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
-    founds = [bound.found for bound in bounds]
+    founds = [bound.reference for bound in bounds]
     metrics = metrics_of(founds)
     figure, panels, places = _panels(founds, metrics)
     looks = list(decoder_styles([bound.decoder for bound in bounds]).values())
@@ -90,17 +92,17 @@ def _kept(label: str, bounds: Sequence[Bound], number: int) -> Drawing:
     for axes, (metric, net) in zip(panels, metrics, strict=True):
         estimates: list[float] = []
         series = group_by(
-            (bound for bound in bounds if has_score(bound.found, metric, net)),
+            (bound for bound in bounds if has_score(bound.reference, metric, net)),
             lambda bound, metric=metric: (
-                bound.found.encoder,
-                bound.found.control,
+                bound.reference.encoder,
+                bound.reference.control,
                 bound.best(metric) is bound.refined,
             ),
         )
         for (encoder, control, is_refined), own in series.items():
             kind = "most consistent image" if is_refined else "best estimate"
             drawn[kind] = Style(*ANSWERS[kind])
-            layers = sorted(group_by(own, lambda bound: places[_layer_key(bound.found)]).items())
+            layers = sorted(group_by(own, lambda bound: places[_layer_key(bound.reference)]).items())
             x = np.array([place for place, _ in layers])
             decoder = [_mean([bound.decoder for bound in seeds], metric) for _, seeds in layers]
             answer = [_mean([bound.best(metric) for bound in seeds], metric) for _, seeds in layers]
@@ -137,7 +139,7 @@ def _mean(rows: Sequence[Row], metric: str) -> float:
 
 def _bound_interval(bounds: Sequence[Bound], metric: str, mean: float) -> Interval:
     """Return the bound's mean with the interval of its difference to the decoder; of no width if unknown."""
-    gaps = [bound.missed(metric) for bound in bounds]
+    gaps = [bound.gap_to_decoder(metric) for bound in bounds]
     common = [name for name in gaps[0] if all(name in gap for gap in gaps)]
     if len(common) < 2:
         return Interval(mean, mean, mean, len(common))

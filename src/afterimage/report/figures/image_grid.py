@@ -1,4 +1,4 @@
-"""Originals beside reconstructions, with an enlarged detail, and beside the measured bound of layers."""
+"""Image grids: originals beside reconstructions with an enlarged detail, and decoders beside measured bounds."""
 
 from __future__ import annotations
 
@@ -109,13 +109,15 @@ def own_images(rows: Rows, shown: Mapping[Run, Mapping[str, Any]]) -> list[Drawi
 
 
 def bound_images(rows: Rows) -> list[Drawing]:
-    """Draw decoder and measured bound on the same images: columns are layers, rows are answers.
+    """Draw decoder and measured bound on the same images: columns are layers, rows are reconstructions.
 
     Each decoder has one figure or more; those without a bound or saved images have none.
     """
     drawings: list[Drawing] = []
     for label, bounds in by_decoder(bounds_of(rows)).items():
-        layers = group_by(bounds, lambda bound: (bound.found.sources, bound.found.origin)).values()
+        layers = group_by(
+            bounds, lambda bound: (bound.reference.sources, bound.reference.weights_label)
+        ).values()
         own = [same[0] for same in layers]
         for title, part in _chunks(f"What layers keep, and what {label} shows", own):
             drawings += _kept(part, label, title, len(drawings))
@@ -133,13 +135,13 @@ def _kept(bounds: Sequence[Bound], label: str, title: str, number: int) -> list[
         "most consistent": [bound.refined for bound in bounds],
     }
     lines = {name: answers for name, answers in lines.items() if any(answers)}
-    saved = [_saved(bound.found) for bound in bounds]
+    saved = [_saved(bound.reference) for bound in bounds]
     common = [i for i in saved[0] if all(i in images for images in saved)] or list(saved[0])
     originals = {i: pixels for i in common if (pixels := read_pixels(saved[0][i][0])) is not None}
     originals = dict(itertools.islice(originals.items(), FEW_IMAGES))
     if not originals:
         return []
-    founds = [bound.found for bound in bounds]
+    founds = [bound.reference for bound in bounds]
     names = short_encoders(founds)
     start = EDGE + CELL + GAP + LABEL
     heads = {start + i * (CELL + GAP): _column_head(found, names) for i, found in enumerate(founds)}

@@ -171,7 +171,7 @@ ATLAS_STYLE = Style("#b5b5b5", "o")
 
 def ranking_figure(comparison: Comparison) -> Drawing:
     """Draw the user's rows among those of an atlas by feature values: answers down, metrics across."""
-    mine = [standing.mine for standing in comparison.standings]
+    mine = [standing.ranked_entry for standing in comparison.standings]
     answers = {e.measured: e.answer for e in mine}
     metrics = comparison.columns
     names, others = _by_encoder(mine), _by_encoder(comparison.atlas)

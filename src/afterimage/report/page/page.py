@@ -79,7 +79,7 @@ def write_page(
     Raises:
         AfterimageError: an image cannot be read, or the limit is too small for the page without images
     """
-    images = collect_images(rows.every)
+    images = collect_images(rows.with_inversions)
     entries = describe_rows(rows, images)
     context = {
         "title": title, "lead": lead, "problems": problems, "bounds": bounds, "findings": findings,
@@ -112,7 +112,7 @@ def _shared(rows: Rows, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the template's values that depend on the rows alone, and those of every page."""
     theme, style = _text("theme.js"), "\n".join(map(_text, STYLES))
     script = "\n".join(["(() => {", '"use strict";', *map(_text, SCRIPTS), "})();"])
-    named = zip(rows.every, entries, strict=True)
+    named = zip(rows.with_inversions, entries, strict=True)
     notes = [(note, entry["name"]) for row, entry in named for note in row.notes]
     missing = [(lpips_reason(row), row.label) for row in rows.all if not row.scores["lpips"]]
     comparable = [metric for metric in METRICS if metric != "lpips" or len(rows.nets) < 2]
@@ -125,7 +125,7 @@ def _shared(rows: Rows, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "style_hash": _hash(style),
         "report": rows,
         "rows": list(zip(rows.all, entries, strict=False)),
-        "every": list(zip(rows.every, entries, strict=True)),
+        "every": list(zip(rows.with_inversions, entries, strict=True)),
         "answers": any(entry["answers"] for entry in entries),
         "notes": _by_text(notes),
         "lpips_missing": _by_text(missing),
@@ -168,7 +168,7 @@ def _hash(text: str) -> str:
 
 
 def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any]]:
-    """Return an entry for each of `rows.every`, in that order. Numbers are None where they are unavailable.
+    """Return an entry for each of `rows.with_inversions`, in that order. Numbers are None where they are unavailable.
 
     `series` and `decoder` place a row in a walk over layers; per-image scores follow `image_ids(rows)`; rows
     compare image by image only where their `testSet` agrees. For a decoder with a measured bound, `answers`
@@ -177,12 +177,12 @@ def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any
     """
     ids = image_ids(rows)
     seeds = len({row.seed for row in rows.decoders}) > 1
-    names = short_names([row.encoder for row in rows.every if row.sources])
-    test_sets = _test_sets(rows.every, images)
-    places = {row.run: place for place, row in enumerate(rows.every)}
+    names = short_names([row.encoder for row in rows.with_inversions if row.sources])
+    test_sets = _test_sets(rows.with_inversions, images)
+    places = {row.run: place for place, row in enumerate(rows.with_inversions)}
     bounds = {bound.decoder.run: bound for bound in main_bounds(bounds_of(rows))}
     entries = []
-    for row, test_set in zip(rows.every, test_sets, strict=True):
+    for row, test_set in zip(rows.with_inversions, test_sets, strict=True):
         bound = bounds.get(row.run)
         found = {"estimate": bound.estimate, "refined": bound.refined} if bound else {}
         weights = zip(row.sources, row.fusion_weights, strict=True) if row.fusion_weights else ()
@@ -200,7 +200,7 @@ def describe_rows(rows: Rows, images: Sequence[PageImage]) -> list[dict[str, Any
 def _missed(bound: Bound) -> dict[str, dict[str, float]]:
     ends = {}
     for metric in METRICS:
-        if gaps := bound.missed(metric):
+        if gaps := bound.gap_to_decoder(metric):
             values = bound.decoder.values(metric)
             decoder = statistics.fmean(values[name] for name in gaps)
             found = decoder + statistics.fmean(gaps.values())
@@ -220,7 +220,7 @@ def _distances(row: Row, bound: Bound | None, ids: Sequence[str]) -> list[float 
 
 def image_ids(rows: Rows) -> list[str]:
     """Return the ids of the test images of all rows, in the order of their first appearance."""
-    return list(dict.fromkeys(image["id"] for row in rows.every for image in row.per_image))
+    return list(dict.fromkeys(image["id"] for row in rows.with_inversions for image in row.per_image))
 
 
 def main_net(rows: Rows) -> str:
@@ -237,7 +237,7 @@ def _names(row: Row, names: dict[str, str], seeds: bool) -> dict[str, Any]:
             "layer": row.label, "short": short, "decoder": "", "shape": "",
         }  # fmt: skip
     encoder = names[row.encoder]
-    series = f"{encoder} ({row.origin} weights)" if row.is_random else encoder
+    series = f"{encoder} ({row.weights_label} weights)" if row.is_random else encoder
     decoder = row.decoder_label + (f", seed {row.seed}" if seeds else "")
     return {
         "name": f"{series} · {row.layer} · {decoder}", "baseline": False, "random": row.control,

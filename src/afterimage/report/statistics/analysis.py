@@ -21,8 +21,8 @@ from afterimage.report.statistics.hypotheses import (
     falls_with_depth,
     resolution_dominates,
 )
+from afterimage.report.statistics.paired_tests import Comparison, compare, holm_correct
 from afterimage.report.statistics.rows import PooledRow, Setting, group_rows, matrix, without_random_controls
-from afterimage.report.statistics.tests import Comparison, compare, holm_correct
 from afterimage.runs.results import METRICS
 
 

@@ -10,8 +10,7 @@ from scipy import stats
 
 from afterimage.evaluation.intervals import Interval, interval, mean_interval
 from afterimage.report.rows import group_by
-from afterimage.report.statistics.rows import PooledRow, Setting, matrix
-from afterimage.report.statistics.tests import (
+from afterimage.report.statistics.paired_tests import (
     ALPHA,
     Comparison,
     compare,
@@ -23,6 +22,7 @@ from afterimage.report.statistics.tests import (
     spearman,
     spearman_p,
 )
+from afterimage.report.statistics.rows import PooledRow, Setting, matrix
 from afterimage.runs.results import METRICS
 
 SUPPORTED, CONTRADICTED, UNDECIDED, UNTESTABLE = "supported", "contradicted", "undecided", "not testable"

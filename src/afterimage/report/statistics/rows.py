@@ -147,7 +147,7 @@ def _merged(group: Sequence[report.Row], metrics: Sequence[str]) -> PooledRow:
         runs=tuple(row.run.name for row in group),
         scores=scores,
         seed_means=seed_means,
-        config=_merge_settings(first) | {"origin": first.origin},
+        config=_merge_settings(first) | {"origin": first.weights_label},
     )
 
 

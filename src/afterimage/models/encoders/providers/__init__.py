@@ -72,4 +72,4 @@ def at_native_size(data: DataConfig, sources: Sequence[str]) -> DataConfig:
         raise AfterimageError(
             f"the native sizes differ: {listed}; give one size, such as {max(sizes.values())}"
         )
-    return data.sized(next(iter(sizes.values())))
+    return data.with_size(next(iter(sizes.values())))

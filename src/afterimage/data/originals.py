@@ -1,4 +1,4 @@
-"""Originals: the images of a source before they are decoded, each with a stable id."""
+"""Originals: the still encoded images of a source, each with a stable id."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ class FileDigests:
         self._keys = np.ascontiguousarray(self._known["key"])
         self._new = bytearray()
 
-    def of(self, state: str, read: Callable[[], bytes], name: str) -> Content:
-        """Return the digest and size of an image, as stored for its `state` or from the bytes that `read` returns.
+    def of(self, fingerprint: str, read: Callable[[], bytes], name: str) -> Content:
+        """Return the digest and size of an image, as stored for its fingerprint or from the bytes that `read` returns.
 
         Args:
-            state: text that changes with the image's bytes, such as path, size and times
+            fingerprint: text that changes with the image's bytes, such as path, size and times
             read: returns the image's bytes
             name: name of the image, for the error
 
         Raises:
             BadImage: the image cannot be read, or its header is not that of an image
         """
-        key = int.from_bytes(hashlib.sha256(state.encode()).digest()[:8], "little")
-        place = np.searchsorted(self._keys, np.uint64(key))
-        if place < len(self._keys) and self._keys[place] == key:
-            _, digest, sides = self._known[place]
+        key = int.from_bytes(hashlib.sha256(fingerprint.encode()).digest()[:8], "little")
+        row = np.searchsorted(self._keys, np.uint64(key))
+        if row < len(self._keys) and self._keys[row] == key:
+            _, digest, sides = self._known[row]
             return Content(digest.tobytes().hex(), *sides.tolist())
         file = read()
         found = Content(hashlib.sha256(file).hexdigest(), *check_header(file, name))
@@ -84,13 +84,15 @@ class FileDigests:
             with np.load(self._file, allow_pickle=False) as stored:
                 table = stored["table"]
             if table.dtype != _ROW or (table["key"][1:] <= table["key"][:-1]).any():
-                raise ValueError("its table is none of digests")
+                raise ValueError("it holds no table of digests")
             return table
         except FileNotFoundError:
             pass
         except Exception as error:  # a damaged archive raises anything
             logger.warning(
-                "the digests in %s cannot be read (%s) and are taken anew", printable_path(self._file), error
+                "the digests in %s cannot be read (%s) and are computed again",
+                printable_path(self._file),
+                error,
             )
         return np.empty(0, _ROW)
 
@@ -100,12 +102,12 @@ class Original(ABC):
 
     Attributes:
         id: stable name, unique in the source
-        rank: images of a lower rank come first in a split
+        priority: images of a lower priority come first in a split
     """
 
     __slots__ = ()
     id: str
-    rank: int = 0
+    priority: int = 0
 
     @property
     def name(self) -> str:
@@ -128,7 +130,7 @@ class Original(ABC):
         """
 
     @abstractmethod
-    def decoded(self, size: int, content: str) -> Image.Image:
+    def decode_image(self, size: int, content: str) -> Image.Image:
         """Return the image as RGB, not resized; `size` as for `content`, the digest that the image must still have.
 
         Raises:
@@ -142,7 +144,7 @@ class EncodedOriginal(Original):
     __slots__ = ()
 
     @abstractmethod
-    def state(self) -> str:
+    def fingerprint(self) -> str:
         """Return a text that names where the bytes are and changes when they do, such as path, size and times.
 
         Raises:
@@ -158,9 +160,9 @@ class EncodedOriginal(Original):
         """
 
     def content(self, digests: FileDigests, size: int) -> Content:
-        return digests.of(self.state(), self.read, self.name)
+        return digests.of(self.fingerprint(), self.read, self.name)
 
-    def decoded(self, size: int, content: str) -> Image.Image:
+    def decode_image(self, size: int, content: str) -> Image.Image:
         file = self.read()
         if hashlib.sha256(file).hexdigest() != content:
             raise BadImage(self.name, CHANGED)
@@ -186,8 +188,8 @@ class FileOriginal(EncodedOriginal):
     def name(self) -> str:
         return printable_path(self.path)
 
-    def state(self) -> str:
-        """Return path, size and times; the change time reveals a file replaced by one of equal size and age."""
+    def fingerprint(self) -> str:
+        """Return path, size and times; the change time reveals a file replaced by one of equal size and time."""
         path = self.path
         try:
             now = path.stat()
@@ -209,7 +211,7 @@ class PartOriginal(Original):
     id: str
     whole: FileOriginal
     cell: tuple[int, int, int, int]
-    rank: int = 1
+    priority: int = 1
 
     @property
     def group(self) -> str:
@@ -223,7 +225,7 @@ class PartOriginal(Original):
         """Return the digest of this cell of a file with the digest `file`."""
         return hashlib.sha256(f"{file} cell {self.cell}".encode()).hexdigest()
 
-    def decoded(self, size: int, content: str) -> Image.Image:
+    def decode_image(self, size: int, content: str) -> Image.Image:
         column, row, columns, rows = self.cell
         file = self.whole.read()
         if self._digest(hashlib.sha256(file).hexdigest()) != content:
@@ -238,6 +240,6 @@ def broken_images_error(broken: Sequence[BadImage]) -> AfterimageError:
     """Return one error for all unreadable images: the first 20 with their reasons, and the number of others."""
     lines = sorted(set(map(str, broken)))
     if len(lines) == 1:
-        return AfterimageError(f"{lines[0]}. Mend the file or take it out")
-    told = join_names(lines, 20, "\n  ")
-    return AfterimageError(f"{len(lines)} images cannot be read; mend the files or take them out:\n  {told}")
+        return AfterimageError(f"{lines[0]}. Repair or remove the file")
+    listed = join_names(lines, 20, "\n  ")
+    return AfterimageError(f"{len(lines)} images cannot be read; repair or remove the files:\n  {listed}")
