@@ -112,7 +112,7 @@ def test_what_nobody_else_could_use_is_not_shared(tmp_path):
         shareable_runs([write_baseline(tmp_path, "mean")])
     own = write_run(tmp_path, "python/networks.py:small", "stage1")
     with pytest.raises(
-        AfterimageError, match=rf"{own.name} cannot be shared: .*networks.py:small is code of one's own"
+        AfterimageError, match=rf"{own.name} cannot be shared: .*networks.py:small is code that only you have"
     ):
         shareable_runs([own])
     named = write_run(tmp_path, "resnet18.tv_in1k", "layer1", weights="random")
