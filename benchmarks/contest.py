@@ -86,7 +86,9 @@ class _Contestant:
         for view in range(views + 1):
             held_out = view == views
             loader = self.trainer.loader
-            for _, images, features in loader.validation_batches() if held_out else loader.views(view):
+            for _, images, features in (
+                loader.validation_batches() if held_out else loader.closed_form_batches(view)
+            ):
                 with self.timed():
                     self.decoder.partial_fit(
                         self.trained.select_features(features), images, validation=held_out
@@ -110,7 +112,7 @@ class _Contestant:
     def look(self) -> None:
         (loss,) = self.trainer.validation_losses([self.trained])
         if not self.curve or loss < min(look["validation_mse"] for look in self.curve):
-            self.trained.keep(loss)
+            self.trained.store_best(loss)
         self.curve.append({"seconds": self.seconds, "images": self.images, "validation_mse": loss})
 
     @torch.no_grad()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from afterimage.analysis.inversion.inputs import InversionInputs, from_data
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
-from afterimage.analysis.inversion.run import InversionInputs, from_data
 from afterimage.config import AfterimageError, RunConfig
 from afterimage.config.inversion import InvertConfig, num_error_images
 from afterimage.evaluation.metrics import Metrics

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import command_line
+from afterimage.analysis.inversion.inputs import from_data, from_files
 from afterimage.analysis.inversion.invert import Inversion, curve_steps
 from afterimage.analysis.inversion.measure import best_step, measure
 from afterimage.analysis.inversion.refinement import Refinement
-from afterimage.analysis.inversion.run import from_data, from_files
 from afterimage.config import DataConfig, DecoderConfig, RunConfig
 from afterimage.config.inversion import EstimateConfig, InvertConfig
 from afterimage.evaluation.metrics import Metrics, psnr
@@ -129,15 +129,15 @@ def test_one_that_was_cut_short_goes_on_after_its_last_batch(command, run, place
     options = [run.path, "--data", "photographs", "--max-images", 6, "--refine-only", "--steps", 3]
     whole, cut = place / f"whole-{changed}", place / f"cut-{changed}"
     assert command(*options, "--output-dir", whole)[0] == 0
-    asked, of_features = [], Refinement.of_features
+    asked, refine_features = [], Refinement.refine_features
 
     def stopping(self, targets, **more):
         asked.append(len(targets[0]))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return of_features(self, targets, **more)
+        return refine_features(self, targets, **more)
 
-    monkeypatch.setattr(Refinement, "of_features", stopping)
+    monkeypatch.setattr(Refinement, "refine_features", stopping)
     code, _, err = command(*options, "--output-dir", cut)
     assert code == 130 and "goes on from there" in err and asked == [4, 2]
     (folder,) = [path for path in cut.iterdir() if path.is_dir()]
@@ -264,15 +264,15 @@ def test_a_best_estimate_that_was_cut_short_goes_on_and_comes_to_the_same(comman
     arguments = run.path, "--max-images", 3, "--steps", 4, "--refine-only", "--estimate-images", 6
     code, _, err = command(*arguments, "--output-dir", place / "whole")
     assert code == 0, err
-    of_features, calls = Refinement.of_features, []
+    refine_features, calls = Refinement.refine_features, []
 
     def stopping(*given, **options):
         calls.append(given)
         if len(calls) == 3:  # of the test images one batch, of those that are learned from one of two
             raise KeyboardInterrupt
-        return of_features(*given, **options)
+        return refine_features(*given, **options)
 
-    monkeypatch.setattr(Refinement, "of_features", stopping)
+    monkeypatch.setattr(Refinement, "refine_features", stopping)
     with contextlib.suppress(KeyboardInterrupt):
         command(*arguments, "--output-dir", place / "cut")
     assert len(calls) == 3

@@ -15,7 +15,7 @@ def test_flags_replace_the_studys_own_settings():
     study = Study(
         "published", data="procedural:9", resize=80, size="64", limit_train=5, limit_validation=3, limit_test=2,
         epochs=2, batch_size=4, seeds=(7, 8), loss="mse", precision="bf16-mixed", weights="random", lpips="squeeze",
-    )._changed(load_study("published"))  # fmt: skip
+    )._apply_options(load_study("published"))  # fmt: skip
     configs = expand_study(study)
     assert len(configs) == 30 and {config.seed for config in configs} == {7, 8}
     for config in configs:
@@ -29,7 +29,7 @@ def test_flags_replace_the_studys_own_settings():
 
 def test_without_flags_a_study_is_itself():
     for name in ("published", "fusion", "three_encoders", "quickstart"):
-        assert Study(name)._changed(load_study(name)) == load_study(name)
+        assert Study(name)._apply_options(load_study(name)) == load_study(name)
 
 
 def test_a_study_at_one_size():
@@ -37,7 +37,7 @@ def test_a_study_at_one_size():
     decoders = tuple(map(DecoderConfig, ("linear", "transposed", "residual")))
     study = StudyConfig(sources=STUDY.sources, rows=rows, decoders=decoders, data=STUDY.data)
     said = []
-    configs = expand_study(Study(parameters="200k")._changed(study), lambda what, *_: said.append(what))
+    configs = expand_study(Study(parameters="200k")._apply_options(study), lambda what, *_: said.append(what))
     assert said == ["the linear decoder has one size only, which it keeps beside 200,000"]
     for one in map(estimate_cost, configs):
         if one.config.decoder.name == "linear":

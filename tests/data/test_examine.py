@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afterimage.analysis.inversion.run import from_files
+from afterimage.analysis.inversion.inputs import from_files
 from afterimage.config import SSIM_WINDOW, DataConfig
 from afterimage.data import dataset
 from afterimage.data.dataset import file_notes, load_data

@@ -65,12 +65,12 @@ def test_sliders_are_a_defence_of_the_audit():
 
 
 def test_a_region_is_the_locations_whose_centres_lie_in_it():
-    chosen = LiveState(left=50, bottom=26, channel=1).chosen(SPEC, (40, 40))
+    chosen = LiveState(left=50, bottom=26, channel=1).change_mask(SPEC, (40, 40))
     assert chosen.nonzero().tolist() == [[1, 0, 2], [1, 0, 3]]
-    assert LiveState().chosen(SPEC, (40, 40)).all()
+    assert LiveState().change_mask(SPEC, (40, 40)).all()
     # The map's cells are 8 pixels wide and begin at pixel 8: centres at 12, 20, 28, 36 of 40.
     shifted = dataclasses.replace(SPEC, columns=Axis(8.0, 8.0, 8, 40))
-    assert LiveState(right=50).chosen(shifted, (40, 40))[0, 0].tolist() == [True, False, False, False]
+    assert LiveState(right=50).change_mask(shifted, (40, 40))[0, 0].tolist() == [True, False, False, False]
 
 
 def test_an_unchanged_state_shows_what_the_decoder_answers(decoder):
@@ -80,7 +80,7 @@ def test_an_unchanged_state_shows_what_the_decoder_answers(decoder):
     assert np.array_equal(view.image, answer.mul(255).round()[0].permute(1, 2, 0).byte().numpy())
     assert view.scores["psnr"] == pytest.approx(float(psnr(answer, original)), abs=1e-4)
     assert view.scores["lpips"] is not None or view.lpips.reason
-    assert view.held is None and view.notes == ()
+    assert view.change_map is None and view.notes == ()
     brightest = np.unravel_index(view.error.sum(2, dtype=int).argmax(), view.error.shape[:2])
     difference = np.abs(view.image.astype(int) - view.original).mean(2)
     assert difference[brightest] >= 0.9 * min(difference.max(), 64)
@@ -90,7 +90,7 @@ def test_an_unchanged_state_shows_what_the_decoder_answers(decoder):
 def test_sending_less_costs_and_can_be_repeated(decoder, setting):
     view, again = show(decoder, **setting), show(decoder, **setting)
     assert view.scores["psnr"] < show(decoder).scores["psnr"]
-    assert view.held.any() and np.array_equal(view.image, again.image)
+    assert view.change_map.any() and np.array_equal(view.image, again.image)
 
 
 def test_fitted_defences_of_all_sources_of_a_fusion_are_kept(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from afterimage.evaluation.metrics import Metrics
 from afterimage.experiments.extract import Extraction, extract
 from afterimage.experiments.inference import evaluate_run, reconstruct_files
 from afterimage.experiments.queue import train_runs
-from afterimage.experiments.reproduce import verify_runs
+from afterimage.experiments.verify import verify_runs
 from afterimage.runs.run import Run
 from afterimage.training.checkpoint import load_reconstructor
 from children import MODEL, small_images

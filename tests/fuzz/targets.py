@@ -214,7 +214,7 @@ def report(data: bytes) -> None:
 def verify(data: bytes) -> None:
     """A run folder as `study verify` and `evaluate` take it, on images and weights that are none of its business."""
     from afterimage.evaluation.metrics import Metrics
-    from afterimage.experiments import reproduce as room
+    from afterimage.experiments import verify as room
 
     def unavailable(*_, **__):
         raise AfterimageError("no weights here")

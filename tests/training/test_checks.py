@@ -94,10 +94,10 @@ def test_a_test_image_in_training_stops_the_run(sample_images, cache, tmp_path, 
 def test_the_watch_names_source_and_image():
     watch = NonFiniteCheck(["a:x", "a:y"])
     maps = [torch.rand(3, 4, 2, 2), torch.rand(3, 8, 1, 1)]
-    watch.look(maps, ["one", "two", "three"])
+    watch.update(maps, ["one", "two", "three"])
     watch.check("run", [0, 1])
     maps[1][2, 5] = math.inf
-    watch.look(maps, ["four", "five", "six"])
+    watch.update(maps, ["four", "five", "six"])
     watch.check("run", [0])
     with pytest.raises(AfterimageError, match="run: the features of a:y are not finite for image six"):
         watch.check("run", [0, 1])

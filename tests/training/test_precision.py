@@ -16,7 +16,7 @@ from afterimage.analysis.controls.run import run_controls
 from afterimage.config import AfterimageError, FusionConfig
 from afterimage.evaluation.evaluate import evaluate
 from afterimage.evaluation.metrics import Metrics
-from afterimage.experiments.reproduce import verify_runs
+from afterimage.experiments.verify import verify_runs
 from afterimage.training.checkpoint import load_reconstructor
 from children import small_images
 

@@ -91,7 +91,7 @@ class Audit:
         from afterimage.report.audit.page import write_audit
         from afterimage.report.audit.verdict import judge
 
-        config = self.resolved()
+        config = self.build_config()
         root = self.output_dir or Path("runs") / f"audit-{Path(config.target_name.replace(':', '-')).name}"
         check_folder(root, "--output-dir")
         with Display() as display:
@@ -107,7 +107,7 @@ class Audit:
         if results.failures:
             raise SystemExit(1)
 
-    def resolved(self) -> AuditConfig:
+    def build_config(self) -> AuditConfig:
         """Return the settings of the file, or the defaults, overridden by the options of the command line."""
         # Without a file the class stands for its own defaults.
         base = AuditConfig if self.config is None else load_toml(AuditConfig, self.config)

@@ -46,7 +46,7 @@ class Controls:
             failures = run_controls(
                 runs,
                 parts=self.only or tuple(CONTROL_TYPES),
-                again=self.force,
+                force=self.force,
                 weights=self.weights,
                 lpips=self.lpips,
                 cache=self.cache,

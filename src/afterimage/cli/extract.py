@@ -25,7 +25,7 @@ class Extract:
 
     sources: shared.Sources
     """Layers to extract, all of one encoder, for example resnet34.tv_in1k:layer1 resnet34.tv_in1k:layer2."""
-    out: Annotated[Path, tyro.conf.arg(aliases=("--output",), metavar="FILE")]
+    output: Annotated[Path, tyro.conf.arg(aliases=("--out",), metavar="FILE")]
     """File for the features: .safetensors, .parquet or .npz. FILE.index.json lists its shards if there are several."""
     data: shared.Images = "div2k"
     test: shared.TestImages = ""
@@ -63,7 +63,7 @@ class Extract:
             self.batch_size,
         )  # fmt: skip
         if self.dry_run:
-            plan = plan_extraction(wanted, self.out, cache=self.cache)
+            plan = plan_extraction(wanted, self.output, cache=self.cache)
             for layer, size in zip(plan.layers, plan.features, strict=True):
                 shape = f"{layer.channels}×{layer.height}×{layer.width}"
                 print_lines(f"{layer.source}: {shape} {self.dtype}, {size:,} bytes")
@@ -73,10 +73,11 @@ class Extract:
                 "nothing was written",
             )
             return
-        check_file(self.out, "--out")
+        check_file(self.output, "--output")
         with Display() as display:
-            facts = extract(wanted, self.out, cache=self.cache, accelerator=self.device, progress=display)
+            facts = extract(wanted, self.output, cache=self.cache, accelerator=self.device, progress=display)
         layers = ", ".join(found.layer for found in facts.features)
         print_lines(
-            f"features of {format_count(facts.images, 'image')} in {facts.model} ({layers}): {printable_path(self.out)}"
+            f"features of {format_count(facts.images, 'image')} in {facts.model} ({layers}): "
+            f"{printable_path(self.output)}"
         )

@@ -89,7 +89,7 @@ class Invert:
             if folders:
                 done = self._refine(folders, method, files, device, display)
             else:
-                done = [self._plain(method, files, sources, device, display)]
+                done = [self._invert_from_grey(method, files, sources, device, display)]
         self._show(done, each=not folders)
 
     def _sort(self) -> tuple[list[Path], list[Path], list[str]]:
@@ -124,7 +124,8 @@ class Invert:
     def _refine(
         self, paths: list[Path], method: InvertConfig, files: list[Path], device: str, progress: object
     ) -> list[Run]:
-        from afterimage.analysis.inversion.run import from_data, from_files, invert_run
+        from afterimage.analysis.inversion.inputs import from_data, from_files
+        from afterimage.analysis.inversion.run import invert_run
 
         folders = []
         estimate = None if files else EstimateConfig(**specified_options(self, images="estimate_images"))
@@ -138,15 +139,16 @@ class Invert:
                 data = replace(data, **own or specified_options(self, limit_test="max_images"))
                 inputs = from_data(data, cache=self.cache, progress=progress)
             folders += invert_run(
-                run, self.output_dir, method, inputs, plain=not self.refine_only, estimate=estimate,
+                run, self.output_dir, method, inputs, from_grey=not self.refine_only, estimate=estimate,
                 weights=self.weights, seed=self.seed, lpips=self.lpips, device=device, progress=progress,
             )  # fmt: skip
         return folders
 
-    def _plain(
+    def _invert_from_grey(
         self, method: InvertConfig, files: list[Path], sources: list[str], device: str, progress: object
     ) -> Run:
-        from afterimage.analysis.inversion.run import from_files, from_source, invert_sources, is_current
+        from afterimage.analysis.inversion.inputs import from_files, from_source
+        from afterimage.analysis.inversion.run import invert_sources, is_current
         from afterimage.evaluation.metrics import Metrics
         from afterimage.models.encoders.providers import at_native_size
         from afterimage.models.reconstructor import MultiEncoder

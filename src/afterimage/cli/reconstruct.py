@@ -65,9 +65,9 @@ class Reconstruct:
             print_lines(*(f"decoder: {run.name}" for run in runs[-len(self.from_) :]))
         runs += self._fitted(layers, images) if layers else []
         if len(runs) == len(images) == 1:
-            self._one(runs[0], images, output)
+            self._reconstruct_one(runs[0], images, output)
         else:
-            self._several(runs, images, output)
+            self._reconstruct_several(runs, images, output)
 
     def _fitted(self, layers: list[str], images: list[Path]) -> list[Run]:
         """Fit a decoder for each layer, after checking that all image files can be read."""
@@ -86,7 +86,7 @@ class Reconstruct:
         )
         return runs
 
-    def _one(self, run: Run, images: list[Path], output: Path) -> None:
+    def _reconstruct_one(self, run: Run, images: list[Path], output: Path) -> None:
         from afterimage.data.dataset import file_notes
         from afterimage.evaluation.metrics import Metrics
         from afterimage.experiments.inference import reconstruct_files, write_side_by_side
@@ -101,7 +101,7 @@ class Reconstruct:
         print_lines(*image_lines(rebuilt.scores, metrics.lpips_status), *notes)
         print_lines(f"saved: {printable_path(output)} (original left, reconstruction right)")
 
-    def _several(self, runs: list[Run], images: list[Path], output: Path) -> None:
+    def _reconstruct_several(self, runs: list[Run], images: list[Path], output: Path) -> None:
         from afterimage.data.dataset import file_notes
         from afterimage.evaluation.metrics import Metrics
         from afterimage.experiments.inference import reconstruct_files

@@ -115,7 +115,7 @@ class Study:
             study, name = study_from_models(*split), "-".join(split[0])
         else:
             study, name = load_study(self.study), Path(self.study).stem
-        study = self._changed(study)
+        study = self._apply_options(study)
         if self.estimate_images and not study.invert:
             raise AfterimageError("--estimate-images goes with --invert: this study finds no measured bounds")
         part = StudyShard.parse(self.shard) if self.shard else StudyShard()
@@ -181,7 +181,7 @@ class Study:
 
         return connect(self.address, partial(display, done=1, total=1))
 
-    def _changed(self, study: StudyConfig) -> StudyConfig:
+    def _apply_options(self, study: StudyConfig) -> StudyConfig:
         """Return the study with the options of the command line in place of its own settings."""
         data = specified_options(self, "test", "limit_train", "limit_validation", "limit_test", source="data")
         if self.data:

@@ -35,14 +35,14 @@ class Verify:
 
     def run(self) -> None:
         runs = find_runs(self.folders)
-        from afterimage.experiments.reproduce import verify_runs
+        from afterimage.experiments.verify import verify_runs
 
         with Display() as display:
             verdicts = verify_runs(
                 runs, weights=self.weights, cache=self.cache, accelerator=self.device, progress=display
             )
         for verdict in verdicts:
-            worst = ", ".join(f"{name} by {value:.2g}" for name, value in verdict.worst.items())
+            worst = ", ".join(f"{name} by {value:.2g}" for name, value in verdict.max_differences.items())
             measured = (
                 f": {format_count(verdict.images, 'image')}, scores differ at most: {worst}" if worst else ""
             )

@@ -84,7 +84,7 @@ class Gallery:
             found[name] = rows.square().sum(1)[:, None] + known.square().sum(1) - 2 * rows @ known.T
         return found
 
-    def find(self, reconstructions: Images) -> dict[str, Bool[np.ndarray, " queries"]]:
+    def identify(self, reconstructions: Images) -> dict[str, Bool[np.ndarray, " queries"]]:
         """Return, for each distance, whether reconstruction `i` is nearest to test image `i`.
 
         Ties are broken in a fixed random order, so that reconstructions without information are re-identified at the

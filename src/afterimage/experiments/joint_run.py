@@ -60,9 +60,9 @@ class StudyContext(RunContext):
     measured: set[Run] = field(default_factory=set)
 
     @property
-    def ended(self) -> set[Run]:
+    def ended_runs(self) -> set[Run]:
         """Runs that have failed or are measured."""
-        return self.failed | self.measured
+        return self.failed_runs | self.measured
 
     def check_lock(self, run: Run) -> None:
         self.locks[run].check()
@@ -155,9 +155,9 @@ class JointRun:
         trainer.fit_closed_forms()
         # Results of decoders that need no epochs are written before the long training, which may be stopped.
         early = [one for one in decoders if one.best and not one.active and not one.failed]
-        self.finish(early)
+        self.evaluate_and_save(early)
         trainer.train_epochs()
-        self.finish([one for one in decoders if one.best and one not in early])
+        self.evaluate_and_save([one for one in decoders if one.best and one not in early])
 
     def _feature_indices(self, config: RunConfig) -> list[int]:
         return [self.encoders.index(source) for source in config.sources]
@@ -194,7 +194,7 @@ class JointRun:
             self.context.log(f"{run.name} goes on after epoch {decoder.epoch}{where}")
         return decoder
 
-    def finish(self, decoders: list[DecoderTrainer]) -> None:
+    def evaluate_and_save(self, decoders: list[DecoderTrainer]) -> None:
         """Measure the decoders with their best weights on the test images, and write the results."""
         saved = []
         for decoder in decoders:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from afterimage.analysis.audit.defences import Defence, create_defence
 from afterimage.analysis.inversion.decoder_errors import DecoderErrors
+from afterimage.analysis.inversion.inputs import from_files
 from afterimage.analysis.inversion.invert import encode
 from afterimage.analysis.inversion.refinement import Refinement, decoder_errors
-from afterimage.analysis.inversion.run import from_files
 from afterimage.config import DataConfig, split_source
 from afterimage.config.inversion import InvertConfig
 from afterimage.data.dataset import prepare_image
@@ -31,7 +31,7 @@ from afterimage.runs.results import LpipsStatus
 from afterimage.runs.run import Run
 from afterimage.training.checkpoint import load_reconstructor
 
-LENT = 0.005
+YIELD_SECONDS = 0.005
 """Seconds after each pass of a search in which another thread may take the networks."""
 HEATMAP_MAX = 0.25
 """Mean absolute colour difference of a pixel, in [0, 1], at which a heat map reaches its brightest colour."""
@@ -51,7 +51,7 @@ class LiveView:
         original: the image as the encoder saw it
         image: the reconstruction
         error: heat map of the difference between reconstruction and original
-        held: heat map of the difference between the reconstructions from changed and unchanged features; None if
+        change_map: heat map of the difference between the reconstructions from changed and unchanged features; None if
             nothing was changed
         scores: PSNR, SSIM and LPIPS against the original, by name; None for a metric that is not available
         lpips: the LPIPS network, or why LPIPS is not available
@@ -63,7 +63,7 @@ class LiveView:
     original: np.ndarray
     image: np.ndarray
     error: np.ndarray
-    held: np.ndarray | None
+    change_map: np.ndarray | None
     scores: Mapping[str, float | None]
     lpips: LpipsStatus
     notes: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ class LiveDecoder:
             targets = [target.clone() for target in self._features(state, image, second)]
             errors = self._errors(frozenset((state.image, state.second)))
             refinement = Refinement(self.reconstructor, InvertConfig(steps=steps), errors, seed=0)
-            search = refinement.of_features(targets, progress=self._lend)
+            search = refinement.refine_features(targets, progress=self._yield_turn)
         while True:
             with self._networks:
                 if (found := next(search, None)) is None:
@@ -153,10 +153,10 @@ class LiveDecoder:
                 view = self._view(state, image, second, found.images)
             yield found.step, view
 
-    def _lend(self, *_: Any, **__: Any) -> None:
+    def _yield_turn(self, *_: Any, **__: Any) -> None:
         """Between two passes of a search, leave the networks to a visitor who waits for them."""
         self._networks.release()
-        time.sleep(LENT)
+        time.sleep(YIELD_SECONDS)
         self._networks.acquire()
 
     def _encode(self, path: Path) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -177,7 +177,7 @@ class LiveDecoder:
                     "swap": other,
                     "average": (mine + other) / 2,
                 }[state.change]
-                features[i] = torch.where(state.chosen(spec, self.data.size).to(mine.device), new, mine)
+                features[i] = torch.where(state.change_mask(spec, self.data.size).to(mine.device), new, mine)
         return [defence(maps) for maps, defence in zip(features, self._defences(state), strict=True)]
 
     def _defences(self, state: LiveState) -> list[Defence]:
@@ -214,7 +214,7 @@ class LiveDecoder:
     def _view(self, state: LiveState, image: Path, second: Path, rebuilt: Tensor) -> LiveView:
         original, features = self._encoded(image)
         changed = state.change != "none" or any(state.defence(spec) != "none" for spec in self.specs)
-        held = _heat(rebuilt - self._decode(features)) if changed else None
+        change_map = _heat(rebuilt - self._decode(features)) if changed else None
         scores = {name: values and values[0] for name, values in self.metrics(rebuilt, original).items()}
         return LiveView(
             self.title,
@@ -222,7 +222,7 @@ class LiveDecoder:
             to_uint8(original)[0],
             to_uint8(rebuilt)[0],
             _heat(rebuilt - original),
-            held,
+            change_map,
             scores,
             self.metrics.lpips_status,
             tuple(self._notes(state)),
@@ -232,7 +232,7 @@ class LiveDecoder:
         for spec in self.specs:
             which = f" of {spec.layer}" if len(self.specs) > 1 else ""
             if state.change != "none":
-                count = int(state.chosen(spec, self.data.size).sum())
+                count = int(state.change_mask(spec, self.data.size).sum())
                 if state.channel >= spec.channels:
                     yield f"nothing was changed{which}: its channels are 0 to {spec.channels - 1}"
                 else:

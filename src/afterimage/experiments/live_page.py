@@ -130,8 +130,10 @@ class LivePage:
 
             for chooser in (pick, other):
                 light = {"api_visibility": "private", "show_progress": "hidden"}
-                chosen = chooser.gallery.select(self._choose, None, [chooser.name, chooser.upload], **light)
-                brought = chooser.upload.input(self._bring, [chooser.upload], chooser.name, **light)
+                chosen = chooser.gallery.select(
+                    self._on_example, None, [chooser.name, chooser.upload], **light
+                )
+                brought = chooser.upload.input(self._on_upload, [chooser.upload], chooser.name, **light)
                 for event in (chosen, brought):
                     follow(event.then(**show, cancels=[refining], show_progress="minimal"))
             moved = [slider.input for slider in sliders.values()]
@@ -191,10 +193,10 @@ class LivePage:
             state = dataclasses.replace(state, **{name: getattr(LiveState, name) for name in own})
         return [problem, *dataclasses.asdict(state).values()]
 
-    def _choose(self, event: gr.SelectData) -> tuple[str, None]:
+    def _on_example(self, event: gr.SelectData) -> tuple[str, None]:
         return self.names[event.index], None
 
-    def _bring(self, upload: str | None) -> str:
+    def _on_upload(self, upload: str | None) -> str:
         return OWN if upload else LiveState.image
 
     def _show(self, message: str, *given: Any) -> tuple[Any, Any, str]:

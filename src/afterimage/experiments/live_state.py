@@ -116,7 +116,7 @@ class LiveState:
             parts.append("1bit" if self.bits == 1 else f"int{self.bits}")
         return "+".join(parts) or "none"
 
-    def chosen(self, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
+    def change_mask(self, spec: FeatureSpec, size: tuple[int, int]) -> Tensor:
         """Return a mask `(C, h, w)` of the values to change: in the channel, at locations centred in the region.
 
         Args:

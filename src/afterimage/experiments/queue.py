@@ -32,7 +32,7 @@ from afterimage.training.checkpoint import remove_checkpoint
 from afterimage.training.feature_loader import CHECKPOINT_SECONDS
 
 Key = TypeVar("Key", bound=Hashable)
-Heard = TypeVar("Heard")
+Value = TypeVar("Value")
 
 
 def train_runs(
@@ -45,7 +45,7 @@ def train_runs(
     keep: int = 8,
     failures: list[AfterimageError] | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    left: list[Run] | None = None,
+    skipped: list[Run] | None = None,
 ) -> list[Run]:
     """Train every run that is not done yet, and measure it on the test images.
 
@@ -63,7 +63,7 @@ def train_runs(
         failures: list to which the errors of failed runs are added; each error is also recorded in its run's folder,
             and everything that does not depend on that run continues
         checkpoint_seconds: time between two checkpoints within an epoch; another is written after every epoch
-        left: list to which runs that other processes are training are added; if given, they are not waited for
+        skipped: list to which runs that other processes are training are added; if given, they are not waited for
 
     Returns:
         all runs, in the order of `configs`
@@ -75,17 +75,17 @@ def train_runs(
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     with distributed_context(accelerator) as ranks:
         progress = protect_callback(progress) if ranks.is_main_process else no_progress
-        claims = RunQueue(lambda text: progress(text, 1, 1), ranks)
-        runs = claims.open(configs, root)
+        queue = RunQueue(lambda text: progress(text, 1, 1), ranks)
+        runs = queue.open(configs, root)
         with ranks.raise_on_all_ranks():
-            if ranks.is_main_process and claims.finished:
-                review_finished(claims.finished, cache=cache, accelerator=accelerator, progress=progress)
-        worker = _Worker(claims, cache, accelerator, progress, keep, checkpoint_seconds)
+            if ranks.is_main_process and queue.finished:
+                review_finished(queue.finished, cache=cache, accelerator=accelerator, progress=progress)
+        worker = _Worker(queue, cache, accelerator, progress, keep, checkpoint_seconds)
         with ranks.raise_on_all_ranks(), graceful_shutdown(ignore_second_signal=ranks.world_size > 1) as stop:
-            worker.work(stop, wait=left is None)
-    if left is not None:
-        left += claims.waiting
-    report_failures(claims.failures, failures)
+            worker.work(stop, wait=skipped is None)
+    if skipped is not None:
+        skipped += queue.waiting
+    report_failures(queue.failures, failures)
     return runs
 
 
@@ -142,7 +142,7 @@ class RunQueue:
         waiting: runs that have not ended, here or in another process
         failures: errors of runs that have failed, here or in another process
         locks: lock of each folder that this process has tried to lock
-        elsewhere: runs that another process was found training
+        running_elsewhere: runs that another process was found training
         finished: runs that were done when the queue was opened; known to the main process only
     """
 
@@ -151,7 +151,7 @@ class RunQueue:
     waiting: dict[Run, RunConfig] = field(default_factory=dict)
     failures: list[AfterimageError] = field(default_factory=list)
     locks: dict[Run, Lock] = field(default_factory=dict)
-    elsewhere: set[Run] = field(default_factory=set)
+    running_elsewhere: set[Run] = field(default_factory=set)
     finished: dict[Run, RunConfig] = field(default_factory=dict)
 
     def open(self, configs: Sequence[RunConfig], root: str | Path) -> list[Run]:
@@ -171,7 +171,7 @@ class RunQueue:
                         self.finished[run] = config
                     else:
                         self.waiting[run] = config
-            return self.heard([Run(Path(root) / config.name) for config in configs])
+            return self.synchronise([Run(Path(root) / config.name) for config in configs])
 
     @contextlib.contextmanager
     def isolate(self, run: Run) -> Iterator[None]:
@@ -186,27 +186,27 @@ class RunQueue:
             if run in self.locks:
                 self.locks[run].release()
 
-    def take(self, runs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:
+    def acquire_runs(self, runs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:
         """Lock those of the given runs that this process can train now, and return them."""
         with self.ranks.raise_on_all_ranks():
             mine = []
             for run in runs if self.ranks.is_main_process else ():
                 with self.isolate(run):
-                    if run in self.waiting and self._take(run):
+                    if run in self.waiting and self._acquire(run):
                         mine.append(run)
-            return {run: runs[run] for run in self.heard(mine)}
+            return {run: runs[run] for run in self.synchronise(mine)}
 
-    def _take(self, run: Run) -> bool:
+    def _acquire(self, run: Run) -> bool:
         """Lock a run; return False if another process is training it or has ended it."""
         lock = self.locks.setdefault(run, Lock(run.path, self.log))
         if not lock.acquire():
-            if run not in self.elsewhere:
-                self.elsewhere.add(run)
+            if run not in self.running_elsewhere:
+                self.running_elsewhere.add(run)
                 self.log(f"{run.name} is left to {lock.holder or 'another process'}, which is at it")
             return False
         # Another process may have ended the run just now; a run that failed there would fail here too.
         state = run.state
-        if state != "done" and not (state == "failed" and run in self.elsewhere):
+        if state != "done" and not (state == "failed" and run in self.running_elsewhere):
             return True
         lock.release()
         del self.waiting[run]
@@ -215,7 +215,7 @@ class RunQueue:
             self.failures.append(read_failure(run))
         return False
 
-    def heard(self, value: Heard) -> Heard:
+    def synchronise(self, value: Value) -> Value:
         """Return the main process's value on all ranks, and copy its `waiting` and `failures` to them."""
         value, waiting, failures = self.ranks.broadcast((value, self.waiting, self.failures))
         if not self.ranks.is_main_process:
@@ -235,7 +235,7 @@ class RunQueue:
                     write_failure(run, error)
         clear_error_frames(error)
 
-    def mark(self, runs: Iterable[Run], state: str, **details: str) -> None:
+    def set_states(self, runs: Iterable[Run], state: str, **details: str) -> None:
         """Set the state of each given run that has not ended, if its folder can be written."""
         for run in runs if self.ranks.is_main_process else ():
             with contextlib.suppress(Exception):
@@ -247,7 +247,7 @@ class RunQueue:
 class _Worker:
     """Training of the runs of a queue in this process, group by group."""
 
-    claims: RunQueue
+    queue: RunQueue
     cache: Path | None
     accelerator: str
     progress: Progress
@@ -257,19 +257,19 @@ class _Worker:
 
     def work(self, stop: GracefulShutdown, wait: bool) -> None:
         """Train the runs that no other process is training, and wait for the others if `wait` is set."""
-        waiting = self.claims.waiting
+        waiting = self.queue.waiting
         while waiting:
             split = group_runs(waiting.items())
             idle = True
             for number, group in enumerate(split, 1):
-                with self.claims.ranks.raise_on_all_ranks():
+                with self.queue.ranks.raise_on_all_ranks():
                     stop.check()
-                mine = self.claims.take(group)
+                mine = self.queue.acquire_runs(group)
                 if not mine:
                     continue
                 idle = False
                 if len(split) > 1:
-                    self.claims.log(
+                    self.queue.log(
                         f"group {number} of {len(split)}: {', '.join(c.name for c in mine.values())}"
                     )
                 self._train(mine, stop)
@@ -279,15 +279,15 @@ class _Worker:
                 time.sleep(POLL_SECONDS)
 
     def _train(self, mine: dict[Run, RunConfig], stop: GracefulShutdown) -> None:
-        ranks = self.claims.ranks
-        locks = {run: self.claims.locks[run] for run in mine if ranks.is_main_process}
+        ranks = self.queue.ranks
+        locks = {run: self.queue.locks[run] for run in mine if ranks.is_main_process}
         context = StudyContext(
             ranks=ranks,
             progress=self.progress,
             shutdown=stop,
             checkpoint_seconds=self.checkpoint_seconds,
             locks=locks,
-            failures=self.claims.failures,
+            failures=self.queue.failures,
         )
         try:
             with ranks.raise_on_all_ranks():
@@ -297,24 +297,24 @@ class _Worker:
                 self._together(mine, lambda: self._data(first.data, stop), context)
         except BaseException as error:
             if error_scope(error) == EVERYTHING:
-                self.claims.mark((run for run in mine if run.state == "running"), "stopped")
+                self.queue.set_states((run for run in mine if run.state == "running"), "stopped")
                 raise
-            self.claims.fail([run for run in mine if run not in context.ended], error)
+            self.queue.fail([run for run in mine if run not in context.ended_runs], error)
         finally:
             for run, lock in locks.items():
                 lock.release()
                 if lock.lost:
-                    self.claims.elsewhere.add(run)
+                    self.queue.running_elsewhere.add(run)
                 else:
-                    del self.claims.waiting[run]
-        self.claims.heard(None)
+                    del self.queue.waiting[run]
+        self.queue.synchronise(None)
 
     def _together(
         self, mine: dict[Run, RunConfig], load_images: Callable[[], Data], context: StudyContext
     ) -> None:
         """Train runs on one pass through their encoders; if these fail, try each half of the rows by itself."""
         try:
-            with self.claims.ranks.raise_on_all_ranks():
+            with self.queue.ranks.raise_on_all_ranks():
                 JointRun(mine, load_images, context, accelerator=self.accelerator, keep=self.keep).train()
             return
         except Exception as caught:
@@ -322,12 +322,12 @@ class _Worker:
                 raise
             error = caught
         clear_error_frames(error)
-        left = {run: config for run, config in mine.items() if run not in context.ended}
+        left = {run: config for run, config in mine.items() if run not in context.ended_runs}
         rows = list(dict.fromkeys(config.sources for config in left.values()))
         if len(rows) < 2:
-            self.claims.fail(left, error)
+            self.queue.fail(left, error)
             return
-        self.claims.log(f"the encoders of {len(rows)} rows failed together: half of the rows are tried")
+        self.queue.log(f"the encoders of {len(rows)} rows failed together: half of the rows are tried")
         first = rows[: len(rows) // 2]
         for own in (True, False):
             half = {run: config for run, config in left.items() if (config.sources in first) is own}
@@ -339,7 +339,7 @@ class _Worker:
         Decoding may take long. A single process can be stopped between two images; ranks stop when all have loaded.
         """
         if config not in self._loaded:
-            ranks = self.claims.ranks
+            ranks = self.queue.ranks
 
             def progress(what: str, done: int, total: int, **figures: Any) -> None:
                 self.progress(what, done, total, **figures)

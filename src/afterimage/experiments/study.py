@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from afterimage.analysis.controls.run import run_controls
-from afterimage.analysis.inversion.run import InversionInputs, from_data, invert_run
+from afterimage.analysis.inversion.inputs import InversionInputs, from_data
+from afterimage.analysis.inversion.run import invert_run
 from afterimage.config import (
     LPIPS_NETS,
     RANDOM_WEIGHTS,
@@ -308,7 +309,7 @@ def find_bounds(
                 inputs[data] = from_data(data, cache=cache, progress=progress)
             precision = search_precision(run.config.recipe.precision)
             found += invert_run(
-                run, Path(root), replace(study.inversion, precision=precision), inputs[data], plain=False,
+                run, Path(root), replace(study.inversion, precision=precision), inputs[data], from_grey=False,
                 estimate=study.estimate, device=device, progress=progress,
             )  # fmt: skip
     return found

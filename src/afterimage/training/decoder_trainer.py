@@ -91,13 +91,13 @@ class DecoderTrainer:
         """Sum of the losses of the epoch's images so far."""
         if model.trainable:
             optimizer = create_optimizer(model, recipe)
-            self.trained, self.optimizer = fabric.setup(self.model, optimizer)
+            self.fabric_model, self.optimizer = fabric.setup(self.model, optimizer)
             self.scheduler = _scheduler(optimizer, recipe)
         else:
-            self.trained, self.optimizer, self.scheduler = self.model, None, None
-        self.share()
+            self.fabric_model, self.optimizer, self.scheduler = self.model, None, None
+        self.broadcast_weights()
 
-    def share(self) -> None:
+    def broadcast_weights(self) -> None:
         """Copy the main process's decoder to all ranks, since other machines may round differently."""
         if self.context.ranks.world_size > 1:
             state = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
@@ -111,7 +111,7 @@ class DecoderTrainer:
     @property
     def failed(self) -> bool:
         """True if an error ended the training of this decoder and was recorded."""
-        return self.run in self.context.failed
+        return self.run in self.context.failed_runs
 
     @property
     def active(self) -> bool:
@@ -158,7 +158,7 @@ class DecoderTrainer:
 
         def work(size: int) -> float:
             parts = split_batch(self.select_features(features), images, size)
-            return sum(float(self.loss(self.trained(maps), part)) * len(part) for maps, part in parts)
+            return sum(float(self.loss(self.fabric_model(maps), part)) * len(part) for maps, part in parts)
 
         return self._without_gradients(work)
 
@@ -190,11 +190,11 @@ class DecoderTrainer:
         self.position, self.epoch_seconds = 0, 0.0
         self.total_loss.zero_()
         if validation_loss < self.best_loss:
-            self.keep(validation_loss)
+            self.store_best(validation_loss)
         self.scheduler.step(*([validation_loss] if self.recipe.scheduler == "plateau" else []))
         self.save()
 
-    def keep(self, validation_loss: float) -> None:
+    def store_best(self, validation_loss: float) -> None:
         """Store a copy of the current weights as the best ones."""
         self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         self.best_loss, self.best_epoch = validation_loss, self.epoch

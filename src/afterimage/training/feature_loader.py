@@ -47,14 +47,14 @@ class RunContext:
         progress: callback for progress and for messages to the user
         shutdown: record of a signal that asks this process to stop
         checkpoint_seconds: time between two checkpoints within an epoch; another is written after every epoch
-        failed: runs whose failure was recorded; their training has ended
+        failed_runs: runs whose failure was recorded; their training has ended
     """
 
     ranks: ProcessGroup = SINGLE_PROCESS
     progress: Progress = no_progress
     shutdown: GracefulShutdown = field(default_factory=GracefulShutdown)
     checkpoint_seconds: float = CHECKPOINT_SECONDS
-    failed: set[Run] = field(default_factory=set)
+    failed_runs: set[Run] = field(default_factory=set)
 
     def log(self, text: str) -> None:
         """Show the user a message."""
@@ -84,7 +84,7 @@ class RunContext:
     def fail(self, run: Run | None, error: Exception) -> None:
         """End a run with an error that all ranks have, unless `record_failure` raises it."""
         self.record_failure(run, error)
-        self.failed.add(run)
+        self.failed_runs.add(run)
 
     def record_failure(self, run: Run | None, error: Exception) -> None:
         """Record that an error ended a run, or raise the error; this class always raises."""
@@ -156,7 +156,7 @@ class FeatureLoader:
         crop = {"seed": self.seed, "epoch": epoch} if self.recipe.augment else {}
         return self.batches(train, indices, **crop) if len(indices) else iter(())
 
-    def views(self, view: int) -> Iterator[Batch]:
+    def closed_form_batches(self, view: int) -> Iterator[Batch]:
         """Yield the training images for a closed-form fit: centre crops in view 0, random crops in later views."""
         return self.batches(self.data.train) if view == 0 else self.training_batches(view - 1)
 
@@ -207,9 +207,9 @@ class FeatureLoader:
                             check_images(images, ids)
                     with self.context.section("encoder"):
                         features = self.encode_batch(image_set, chunk, images, **crop)
-                        self.watch.look(features, ids)
+                        self.watch.update(features, ids)
                 yield chunk, images, features
-        self.watch.settle()
+        self.watch.flush()
 
     def _rank_chunks(self, indices: Tensor) -> Iterator[Tensor]:
         """Yield this rank's part of every batch."""
@@ -264,7 +264,7 @@ def check_images(images: Tensor, ids: Sequence[str]) -> None:
 class NonFiniteCheck:
     """Record of feature maps with values that are not finite: for each source, the first image with such values.
 
-    On a CPU feature maps are examined at once, on other devices when `settle` is called, so that steps need not wait.
+    On a CPU feature maps are examined at once, on other devices when `flush` is called, so that steps need not wait.
 
     Args:
         sources: names of the feature maps
@@ -275,14 +275,14 @@ class NonFiniteCheck:
         self._found: dict[int, str] = {}
         self._pending: list[tuple[Tensor, Sequence[str]]] = []
 
-    def look(self, features: Sequence[Tensor], ids: Sequence[str]) -> None:
+    def update(self, features: Sequence[Tensor], ids: Sequence[str]) -> None:
         """Examine the feature maps `(B, C, h, w)` of a batch, one for each source."""
         finite = [maps.sum((1, 2, 3), dtype=torch.float32).isfinite() for maps in features]
         self._pending.append((torch.stack(finite), ids))
         if finite[0].device.type == "cpu":
-            self.settle()
+            self.flush()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait for the device, and record the findings in all batches since the last call."""
         for finite, ids in self._pending:
             for source, image in finite.logical_not().nonzero().tolist():

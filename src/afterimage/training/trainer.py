@@ -210,7 +210,7 @@ class Trainer:
                     else:
                         decoder.notes.append(IMPORTED_DECODER_NOTE)
                         self.context.log(f"{decoder.name}: {IMPORTED_DECODER_NOTE}")
-                    decoder.keep(loss)
+                    decoder.store_best(loss)
                 decoder.save()
 
     def _fit(self, parts: Mapping[DecoderTrainer, ClosedForm]) -> None:
@@ -227,7 +227,7 @@ class Trainer:
         done, total = 0, passes * len(self.data.train) + len(self.data.validation)
         for view in range(passes + 1 if parts else 0):
             held_out = view == passes
-            batches = self.loader.validation_batches() if held_out else self.loader.views(view)
+            batches = self.loader.validation_batches() if held_out else self.loader.closed_form_batches(view)
             for _, images, features in batches:
                 for decoder, part in parts.items():
                     if not decoder.failed and (held_out or view < views[decoder]):
@@ -248,7 +248,7 @@ class Trainer:
                     started = time.monotonic()
                     self.check_features(decoder)
                     decoder.notes += part.finalize_fit()
-                    decoder.share()
+                    decoder.broadcast_weights()
                     decoder.seconds += shared + time.monotonic() - started
                     decoder.images_seen += views[decoder] * len(self.data.train)
 
@@ -363,10 +363,10 @@ def _accumulate_gradients(
     context = decoder.context
     if len(images) == 0:
         if decoder.synchronises:
-            decoder.fabric.backward(decoder.trained(features, crop).sum())
+            decoder.fabric.backward(decoder.fabric_model(features, crop).sum())
         return decoder.total_loss.new_zeros(())
     with context.section("decoder forward"):
-        loss = decoder.loss(decoder.trained(features, crop), decoder.model.decoder.crop_images(images, crop))
+        loss = decoder.loss(decoder.fabric_model(features, crop), decoder.model.decoder.crop_images(images, crop))
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             raise AfterimageError(
                 f"{decoder.name}: the loss is {loss.item()} in epoch {decoder.epoch + 1}, step "

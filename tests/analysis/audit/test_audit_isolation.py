@@ -129,10 +129,10 @@ class Broken(PCA):
     when = "learn"
     seen = False
 
-    def learn(self, maps):
+    def measure_statistics(self, maps):
         if self.when == "learn":
             raise BUG
-        super().learn(maps)
+        super().measure_statistics(maps)
 
     def encode(self, maps):
         if self.when == "encode" and self.seen:

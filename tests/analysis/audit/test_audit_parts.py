@@ -41,19 +41,19 @@ def test_no_attacker_trains_on_a_smaller_ones_validation_images(tmp_path):
 def test_copies_find_themselves_and_noise_does_not():
     originals = sample_images(40)
     gallery = Gallery(originals)
-    assert all(found.all() for found in gallery.find(originals).values())
+    assert all(found.all() for found in gallery.identify(originals).values())
     faded = 0.3 * originals + 0.5
-    assert gallery.find(faded)["correlation"].all()
-    for found in gallery.find(sample_images(40, seed=1)).values():
+    assert gallery.identify(faded)["correlation"].all()
+    for found in gallery.identify(sample_images(40, seed=1)).values():
         assert found.mean() < 0.2
 
 
 @pytest.mark.parametrize("guess", [0.5, 0.0, 1.0])
 def test_the_same_answer_for_every_image_finds_one_at_most(guess):
-    for found in Gallery(sample_images(60)).find(torch.full((60, 3, 24, 24), guess)).values():
+    for found in Gallery(sample_images(60)).identify(torch.full((60, 3, 24, 24), guess)).values():
         assert found.sum() <= 1
     almost = torch.full((60, 3, 24, 24), guess) + 1e-7 * sample_images(60)
-    assert Gallery(sample_images(60)).find(almost)["correlation"].sum() <= 1, "rounding has no direction"
+    assert Gallery(sample_images(60)).identify(almost)["correlation"].sum() <= 1, "rounding has no direction"
 
 
 def test_distances_are_those_of_every_pair():
@@ -124,7 +124,7 @@ def test_a_timm_network_goes_on_from_defended_features(model, layer):
     torch.testing.assert_close(seen[0], encoder(images)[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(network(images), plain)
     assert network.kind == "classes" and plain.shape == (6, 1000)
-    assert not network.bypassed(images)
+    assert not network.has_bypass(images)
     defences = [
         create_defence(text, *encoder.specs).fit(*encoder(images)) for text in ("none", "int8", "noise:20")
     ]
@@ -314,4 +314,7 @@ def test_the_curve_shows_every_option(utility):
 def test_no_metrics_means_no_perceptual_identification(monkeypatch, tmp_path):
     monkeypatch.setenv("AFTERIMAGE_WEIGHTS", str(tmp_path))
     metrics = Metrics("squeeze", size=8)
-    assert set(Gallery(sample_images(3), metrics.lpips).find(sample_images(3))) == {"pixels", "correlation"}
+    assert set(Gallery(sample_images(3), metrics.lpips).identify(sample_images(3))) == {
+        "pixels",
+        "correlation",
+    }

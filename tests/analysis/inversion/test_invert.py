@@ -6,7 +6,7 @@ from afterimage.analysis.inversion.batched_lbfgs import LBFGS
 from afterimage.analysis.inversion.decoder_errors import WHITENING_FLOOR, DecoderErrors
 from afterimage.analysis.inversion.invert import invert, search
 from afterimage.analysis.inversion.objective import Objective, alpha_norm, feature_distance, total_variation
-from afterimage.analysis.inversion.parametrizations import (
+from afterimage.analysis.inversion.parametrisations import (
     PARAMETRISATIONS,
     Fourier,
     natural_spectrum,
@@ -246,7 +246,7 @@ def test_lbfgs_finds_rosenbrocks_minimum():
         at = search.trial.clone().requires_grad_()
         loss = rosenbrock(at)
         (gradient,) = torch.autograd.grad(loss, at)
-        search.tell(float(loss.detach()), gradient)
+        search.update(float(loss.detach()), gradient)
     np.testing.assert_allclose(search.point.numpy(), 1, atol=1e-5)
 
 
@@ -255,7 +255,7 @@ def test_lbfgs_steps_back_from_what_is_not_a_number():
     for _ in range(60):
         at = search.trial
         loss = float("nan") if float(at) < 0 else float((at.sqrt() - 0.5) ** 2)
-        search.tell(loss, (1 - 0.5 / at.clamp_min(1e-9).sqrt()))
+        search.update(loss, (1 - 0.5 / at.clamp_min(1e-9).sqrt()))
     assert float(search.point) == pytest.approx(0.25, abs=1e-3)
 
 
@@ -267,7 +267,7 @@ def test_a_decoders_errors_are_the_roots_of_their_covariances():
     pixels = torch.einsum("ij,bjhw->bihw", mix, white)
     maps = torch.einsum("ij,bjhw->bihw", channels, torch.randn(200, 3, 16, 16, generator=generator))
     batches = [(a, [b]) for a, b in zip(pixels.split(64), maps.split(64), strict=True)]
-    errors = DecoderErrors.learn(batches)
+    errors = DecoderErrors.estimate(batches)
     assert errors.spectrum.shape == (int(radii((16, 16)).max()) + 1, 3, 3)
     for root in errors.spectrum[1:]:
         torch.testing.assert_close(root @ root, mix @ mix.T, atol=3e-3, rtol=0)
@@ -276,7 +276,7 @@ def test_a_decoders_errors_are_the_roots_of_their_covariances():
     (whitening,) = errors.whitening
     torch.testing.assert_close(whitening @ (covariance + floor) @ whitening, torch.eye(3), atol=0.02, rtol=0)
     with pytest.raises(AfterimageError, match="no images to learn"):
-        DecoderErrors.learn([])
+        DecoderErrors.estimate([])
 
 
 def test_bfloat16_serves_until_its_rounding_would_tell_and_each_image_for_itself():

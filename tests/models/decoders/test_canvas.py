@@ -21,7 +21,7 @@ from afterimage.config import (
 )
 from afterimage.data.sources.dead_leaves import dead_leaves
 from afterimage.experiments.queue import train_runs
-from afterimage.experiments.reproduce import verify_runs
+from afterimage.experiments.verify import verify_runs
 from afterimage.models.decoders import create_decoder
 from afterimage.models.decoders.canvas import Canvas, Span, extrapolate
 from afterimage.models.fusion import align, create_fusion

@@ -99,7 +99,7 @@ def test_a_layers_output_can_be_replaced_whatever_it_is(case):
     torch.testing.assert_close(network(images(), lambda maps: maps), plain)
     changed = network(images(), lambda maps: maps * 3)
     assert changed.shape == (3, 5) and not torch.allclose(changed, plain)
-    assert not network.bypassed(images())
+    assert not network.has_bypass(images())
 
 
 def test_a_vector_is_a_map_of_one_place():
@@ -325,7 +325,7 @@ def test_what_bypasses_the_layer_is_found():
         def forward(self, sample_images):
             return self.stem(sample_images).mean((2, 3)) + sample_images.std((1, 2, 3))[:, None]
 
-    assert whole_network(Encoder(Skipping(), ["stem"], image_size=SIZE)).bypassed(images())
+    assert whole_network(Encoder(Skipping(), ["stem"], image_size=SIZE)).has_bypass(images())
 
 
 def test_a_network_without_one_answer_has_no_utility():

@@ -190,7 +190,7 @@ def test_maps_inside_dataclasses_are_found_and_can_be_replaced(wrap, layer):
     images = torch.rand(3, 3, 36, 36)
     with torch.no_grad():
         torch.testing.assert_close(network(images, torch.zeros_like), whole.head(torch.zeros(3, 16)))
-    assert not network.bypassed(images)
+    assert not network.has_bypass(images)
 
 
 def test_an_own_networks_dropped_pixels_are_named():

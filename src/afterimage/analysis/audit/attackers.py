@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from afterimage.analysis.audit.attack_refinement import refine_and_estimate
 from afterimage.analysis.audit.defences.chain import Defence
-from afterimage.analysis.audit.improve import refine_and_estimate
 from afterimage.analysis.audit.session import KEEP, AuditCondition, AuditSession
 from afterimage.analysis.audit.target import StoredImages
 from afterimage.config import AfterimageError, format_count
@@ -56,7 +56,7 @@ class DefendedFeatures(nn.Module):
         self.sources = tuple(f"{source} through {defence.name}" for defence in defences)
         self.requires_grad_(False).eval()
 
-    def raw(self, image_set: ImageSet, indices: Tensor, images: Tensor) -> list[Tensor]:
+    def undefended_features(self, image_set: ImageSet, indices: Tensor, images: Tensor) -> list[Tensor]:
         """Return the undefended features of `images`, the images at `indices` of the set."""
         if isinstance(image_set, StoredImages):
             return [image_set.features(indices, self.layer, images.device)]
@@ -86,7 +86,7 @@ class DefendedFeatureLoader(FeatureLoader):
         for defence in self.encoders.defences:
             defence.reseed(drawn)
         if isinstance(image_set, StoredImages):
-            return self.encoders.defend(self.encoders.raw(image_set, indices, images))
+            return self.encoders.defend(self.encoders.undefended_features(image_set, indices, images))
         return self.encode(images)
 
 
@@ -100,7 +100,7 @@ class AttackContext(RunContext):
 
     def record_failure(self, run: Run, error: Exception) -> None:
         condition = self.conditions[run]
-        self.session.failed(condition.label, error, [condition])
+        self.session.record_failure(condition.label, error, [condition])
 
 
 def attack_layer(
@@ -131,7 +131,9 @@ def attack_layer(
         _attack(session, sent, data, [one for one in own(texts) if not session.is_done(one)])
 
     run_all_or_each(
-        attack, list(defences), lambda text, error: session.failed(f"{layer}, {text}", error, own([text]))
+        attack,
+        list(defences),
+        lambda text, error: session.record_failure(f"{layer}, {text}", error, own([text])),
     )
 
 
@@ -144,8 +146,8 @@ def _attack(
     for defence, decoder in dict.fromkeys((condition.defence, condition.decoder) for condition in missing):
         # All attackers start from the decoder of the black-box attacker.
         condition = session.condition(sent.layer, defence, decoder, data, BLACK_BOX, DECODED)
-        with session.ending(condition.label, [condition]):
-            run, index = session.begin(condition), names.index(defence)
+        with session.catch_failure(condition.label, [condition]):
+            run, index = session.create_folder(condition), names.index(defence)
             context.conditions[run] = condition
             spec = sent.defences[index].sent_spec
             options = decoder_family(decoder).vector_options if spec.locations == 1 else {}
@@ -261,7 +263,7 @@ def calibration_features(
     limit = min(len(image_set), CALIBRATION_IMAGES)
     for chunk in torch.arange(limit).split(batch_size):
         images = image_set.crops(chunk, device=device)
-        maps.append(sent.raw(image_set, chunk, images)[0])
+        maps.append(sent.undefended_features(image_set, chunk, images)[0])
         if sum(part.nbytes for part in maps) >= CALIBRATION_BYTES:
             break
     return torch.cat(maps)

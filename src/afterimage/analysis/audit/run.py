@@ -69,11 +69,11 @@ def run_audit(
     write_atomic(path, text)
     write_json(session.root / "environment.json", environment() | {"device": str(session.fabric.device)})
     for layer, error in session.target.failures.items():
-        session.failed(layer, error)
+        session.record_failure(layer, error)
     attackers = dict(_attackers(session))
     for data in attackers.values():
         condition = session.condition("", "", NO_FEATURES_ATTACKER, data, BLACK_BOX, DECODED)
-        with session.ending(f"{NO_FEATURES_ATTACKER}, {condition.images:,} images", [condition]):
+        with session.catch_failure(f"{NO_FEATURES_ATTACKER}, {condition.images:,} images", [condition]):
             _measure_mean_image(session, condition, data)
     for layer in session.target.layers:
         _audit_layer(session, layer, attackers)
@@ -99,7 +99,7 @@ def _defence(session: AuditSession, text: str, spec: FeatureSpec) -> Defence:
 
 def _attackers(session: AuditSession) -> Iterator[tuple[int, Data]]:
     """Yield each attacker's number of images and the images; leave out numbers that exceed the pool."""
-    pool = session.target.pool
+    pool = session.target.attacker_pool
     for count in session.config.attackers.images:
         data = attacker_data(session.target.data, pool, count, session.config.seed)
         if data is None:
@@ -112,7 +112,7 @@ def _attackers(session: AuditSession) -> Iterator[tuple[int, Data]]:
 def _measure_mean_image(session: AuditSession, condition: AuditCondition, data: Data) -> None:
     """Measure the attacker without features, who answers with the mean of their own training images."""
     if not session.is_done(condition):
-        session.begin(condition)
+        session.create_folder(condition)
         started = time.monotonic()
         mean = mean_image(data.train, 16)
         result = evaluate(
@@ -142,7 +142,7 @@ def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data
     }
     every = [condition for conditions in wanted.values() for condition in conditions]
     costs = {text: _cost_file(session, layer, text) for text in config.defences}
-    with session.ending(layer, every):
+    with session.catch_failure(layer, every):
         unknown = [text for text, path in costs.items() if not path.exists()]
         if unknown or not all(map(session.is_done, every)):
             encoder = None
@@ -154,7 +154,7 @@ def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data
                 own = [condition for condition in conditions if condition.defence in defences]
                 attack_layer(session, layer, encoder, defences, attackers[count], own)
     for text, path in costs.items():
-        with session.ending(f"{layer}, {text}"):
+        with session.catch_failure(f"{layer}, {text}"):
             if path.exists():
                 session.results.costs[layer, text] = read_json(path)
     for condition in every:
@@ -162,7 +162,7 @@ def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data
             session.collect(condition, session.results.rows)
         except Exception as error:
             session.results.unmeasured.add((layer, condition.defence))
-            session.failed(condition.label, error)
+            session.record_failure(condition.label, error)
 
 
 def _fit_defences(
@@ -175,7 +175,7 @@ def _fit_defences(
     found: dict[str, Defence] = {}
     for text in session.config.defences:
         own = [condition for condition in conditions if condition.defence == text]
-        with session.ending(f"{layer}, {text}", own):
+        with session.catch_failure(f"{layer}, {text}", own):
             found[text] = _defence(session, text, spec).to(device).fit(maps)
     return found
 
@@ -219,6 +219,6 @@ def _measure_costs(
     def failed(text: str, error: Exception) -> None:
         reason = f"measuring it failed: {one_line(error)}"
         session.results.costs[layer, text] = cost_without_network(defences[text], reason)
-        session.failed(f"{layer}, {text}, what it costs", error)
+        session.record_failure(f"{layer}, {text}, what it costs", error)
 
     run_all_or_each(measure, list(defences), failed)

@@ -154,7 +154,7 @@ class AuditSession:
         """Return whether a condition has been measured, by this call or an earlier one."""
         return is_done(self.run(condition))
 
-    def begin(self, condition: AuditCondition) -> Run:
+    def create_folder(self, condition: AuditCondition) -> Run:
         """Create a condition's folder with its settings, without the failure of an earlier attempt, and return it."""
         run = self.run(condition)
         if not run.file("cell.json").exists():
@@ -185,7 +185,7 @@ class AuditSession:
         found = {
             f"{name}{part}": values
             for part, small in reconstructions.items()
-            for name, values in galleries[part].find(small).items()
+            for name, values in galleries[part].identify(small).items()
         }
         columns = {f"found_by_{name}": values for name, values in found.items()}
         rows = [row | {k: int(v[i]) for k, v in columns.items()} for i, row in enumerate(rows)]
@@ -243,14 +243,14 @@ class AuditSession:
         self.progress(text, 1, 1)
 
     @contextlib.contextmanager
-    def ending(self, what: str, conditions: Sequence[AuditCondition] = ()) -> Iterator[None]:
+    def catch_failure(self, what: str, conditions: Sequence[AuditCondition] = ()) -> Iterator[None]:
         """Catch errors of the block and record them as the failure of `what` and of these conditions."""
         try:
             yield
         except Exception as error:
-            self.failed(what, error, conditions)
+            self.record_failure(what, error, conditions)
 
-    def failed(self, what: str, error: Exception, conditions: Sequence[AuditCondition] = ()) -> None:
+    def record_failure(self, what: str, error: Exception, conditions: Sequence[AuditCondition] = ()) -> None:
         """Record the failure of `what` in the results, and in the folders of its conditions that are not done.
 
         Raises:

@@ -51,7 +51,7 @@ class AuditTarget:
         weights: the network's weights; None for a store, which has no network
         image_size: `(height, width)` in pixels
         data: test images, and training images, on which defences are fitted
-        pool: images that an attacker may own
+        attacker_pool: images that an attacker may own
         notes: remarks for the audit's notes
         normalised: mean and std of a user's own network, which states them itself; None for any other
         failures: errors of the requested layers that cannot be read, by layer
@@ -63,7 +63,7 @@ class AuditTarget:
     weights: WeightsRecord | None
     image_size: tuple[int, int]
     data: Data
-    pool: Data
+    attacker_pool: Data
     notes: list[str] = field(default_factory=list)
     normalised: list[tuple[float, ...]] | None = None
     failures: dict[str, Exception] = field(default_factory=dict)

@@ -50,12 +50,12 @@ class ContinuedNetwork:
         return self.layout.prefix + self.layout.suffix
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, change: Change | None = None, *, whole: Any = None) -> Tensor:
-        """Return final outputs `(B, K)`; `change` changes the map, `whole` replaces the layer's output."""
+    def __call__(self, images: Tensor, change: Change | None = None, *, layer_output: Any = None) -> Tensor:
+        """Return final outputs `(B, K)`; `change` changes the map, `layer_output` replaces the layer's output."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if whole is not None:
-                return whole
+            if layer_output is not None:
+                return layer_output
             return (
                 output
                 if change is None
@@ -68,7 +68,7 @@ class ContinuedNetwork:
         finally:
             handle.remove()
 
-    def bypassed(self, images: Tensor) -> bool:
+    def has_bypass(self, images: Tensor) -> bool:
         """Return whether the network's output depends on the image beyond the layer's output.
 
         The output is compared with that of other images whose layer output is replaced by the original one.
@@ -79,7 +79,7 @@ class ContinuedNetwork:
         )
         before = self(images)
         handle.remove()
-        other = self(images.flip(0).roll(1, 3), whole=kept[0])
+        other = self(images.flip(0).roll(1, 3), layer_output=kept[0])
         return not torch.allclose(before, other, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
 
 
@@ -87,7 +87,7 @@ def whole_network(encoder: Encoder, prediction: str = "auto") -> ContinuedNetwor
     """Build the whole network of an encoder of one layer, including everything after the layer.
 
     Raises:
-        Unavailable: the weights lack later layers, or the network's own order of tokens cannot be restored
+        CostUnavailable: the weights lack later layers, or the network's own order of tokens cannot be restored
     """
     (layer,) = encoder._layers
     model, kind = _whole(encoder, prediction)
@@ -147,7 +147,7 @@ def measure_cost(
             `prefix_bytes`; `notes`
 
     Raises:
-        Unavailable: the network does not return one vector for each image
+        CostUnavailable: the network does not return one vector for each image
     """
     same: list[list[bool]] = [[] for _ in defences]
     cosines: list[list[float]] = [[] for _ in defences]
@@ -167,7 +167,7 @@ def measure_cost(
             f"{format_count(network.prefix, 'prefix token')} beside the map: counted as sent, but neither defended nor "
             "attacked, so the network may keep its answers by them alone"
         )
-    if network.bypassed(image_set.crops(range(min(2, len(image_set))), device=device)):
+    if network.has_bypass(image_set.crops(range(min(2, len(image_set))), device=device)):
         notes.append(
             "more than this layer's output reaches the end of the network; the rest goes on undefended"
         )

@@ -63,7 +63,7 @@ def run_controls(
     runs: Iterable[Run],
     *,
     parts: Sequence[str] = tuple(CONTROL_TYPES),
-    again: bool = False,
+    force: bool = False,
     weights: str | None = None,
     lpips: str | None = None,
     cache: Path | None = None,
@@ -77,7 +77,7 @@ def run_controls(
 
     Args:
         parts: names from `CONTROL_TYPES` to measure
-        again: whether to repeat parts that were already measured
+        force: whether to repeat parts that were already measured
         weights: weights of the encoders; None takes the run's own
         lpips: LPIPS network; None takes the run's own
         progress: called with the progress; an exception that it raises ends everything
@@ -105,7 +105,7 @@ def run_controls(
                 )
             if run.result.kind != "decoder":
                 continue
-            missing = [part for part in parts if again or not _is_fresh(run, part, lpips)]
+            missing = [part for part in parts if force or not _is_fresh(run, part, lpips)]
             for part in {"controls", *missing}:
                 remove_traceback(run, f"{part}.{TRACEBACK}")
             if missing:

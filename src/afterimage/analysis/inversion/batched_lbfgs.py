@@ -29,7 +29,7 @@ class LBFGS:
         self._pairs: list[tuple[Tensor, Tensor, float]] = []
         self._length = 1.0
 
-    def tell(self, loss: float, gradient: Tensor) -> None:
+    def update(self, loss: float, gradient: Tensor) -> None:
         """Take in the loss and the gradient at `trial`."""
         if math.isinf(self.loss):
             self.loss, self.gradient = loss, gradient
@@ -45,7 +45,7 @@ class LBFGS:
 
     def _search(self) -> None:
         """Choose a new direction from the point reached."""
-        self._direction = self._newton()
+        self._direction = self._compute_direction()
         self._slope = float(self._direction.dot(self.gradient))
         if self._slope >= 0:  # rounding has eaten the curvature
             self._pairs, self._direction = [], -self.gradient
@@ -64,7 +64,7 @@ class LBFGS:
             return self._search()
         self.trial = self.point + self._length * self._direction
 
-    def _newton(self) -> Tensor:
+    def _compute_direction(self) -> Tensor:
         """Minus the inverse Hessian's estimate times the gradient, by two loops over the remembered pairs."""
         direction, shares = -self.gradient, []
         # In place: a vector of an image's parameters is large enough that a new one costs more than its arithmetic.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from afterimage.analysis.inversion.parametrizations import Spectrum, radii
+from afterimage.analysis.inversion.parametrisations import Spectrum, radii
 from afterimage.config import AfterimageError
 
 WHITENING_FLOOR = 1e-2
@@ -41,7 +41,7 @@ class DecoderErrors:
 
     @classmethod
     @torch.no_grad()
-    def learn(cls, errors: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> DecoderErrors:
+    def estimate(cls, errors: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> DecoderErrors:
         """Estimate the statistics from batches of errors; raise an `AfterimageError` if there are none.
 
         Args:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from afterimage.analysis.inversion.batched_lbfgs import LBFGS
 from afterimage.analysis.inversion.decoder_errors import DecoderErrors
 from afterimage.analysis.inversion.objective import GREY, FeatureFunction, Objective
-from afterimage.analysis.inversion.parametrizations import PARAMETRISATIONS, Parametrisation
+from afterimage.analysis.inversion.parametrisations import PARAMETRISATIONS, Parametrisation
 from afterimage.config import AfterimageError
 from afterimage.config.inversion import InvertConfig
 from afterimage.runtime.terminal import Progress, no_progress
@@ -50,7 +50,7 @@ def curve_steps(steps: int) -> list[int]:
 
 
 def search(
-    features_of: FeatureFunction,
+    feature_function: FeatureFunction,
     targets: Sequence[Tensor],
     size: tuple[int, int],
     *,
@@ -64,7 +64,7 @@ def search(
     """Search for images `(B, 3, *size)` whose features are `targets`, from `start` or from grey.
 
     Args:
-        features_of: differentiable function from images, about in [0, 1], to a list of feature maps; it
+        feature_function: differentiable function from images, about in [0, 1], to a list of feature maps; it
             handles each image independently of the others
         targets: the feature maps of the images to find, `(B, ...)` each
         size: height and width of the images in pixels
@@ -94,7 +94,7 @@ def search(
     generator = torch.Generator().manual_seed(seed)
     begin = _starts(start, (count, 3, *size), config.starts, generator).to(device)
     objective = Objective(
-        features_of,
+        feature_function,
         [target.repeat(config.starts, *[1] * (target.ndim - 1)) for target in targets],
         config,
         errors and errors.whitening,
@@ -105,11 +105,11 @@ def search(
     for step, (images, loss, distance) in enumerate(
         OPTIMIZERS[config.optimizer](form, objective, config, generator)
     ):
-        best.take(images, loss, distance, step)
+        best.update(images, loss, distance, step)
         progress("inverting", step, config.steps, feature_distance=best.distance_so_far)
         if step in milestones:
             seconds += time.monotonic() - lap
-            yield Inversion(*best.measured(objective), seconds, step)
+            yield Inversion(*best.measure(objective), seconds, step)
             lap = time.monotonic()
 
 
@@ -162,7 +162,7 @@ def _lbfgs(
         if step < config.steps:
             (gradient,) = torch.autograd.grad(loss.sum(), parameters)
             for search, value, row in zip(searches, loss.tolist(), gradient.flatten(1), strict=True):
-                search.tell(value, row)
+                search.update(value, row)
 
 
 OPTIMIZERS = {"adam": _adam, "lbfgs": _lbfgs}
@@ -175,7 +175,7 @@ class _Best:
         self.count, self.starts = count, starts
         self.images = self.loss = self.distance = None
 
-    def take(self, images: Tensor, loss: Tensor, distance: Tensor, step: int) -> None:
+    def update(self, images: Tensor, loss: Tensor, distance: Tensor, step: int) -> None:
         if self.images is None:
             if not torch.isfinite(loss).all():
                 raise AfterimageError(
@@ -196,7 +196,7 @@ class _Best:
         """Return the mean feature distance of each image's best start, as the search itself measures it."""
         return float(self.distance.view(self.starts, self.count).amin(0).mean())
 
-    def measured(self, objective: Objective) -> tuple[Tensor, Tensor]:
+    def measure(self, objective: Objective) -> tuple[Tensor, Tensor]:
         """Return the images in [0, 1] of each image's best start, and their feature distance."""
         images = self.images.clamp(0, 1)
         distance = objective.distance(images).view(self.starts, self.count)

@@ -223,6 +223,6 @@ def bound_controls(
     other = scores(found.roll(1, 0)) if len(ids) > 1 else None
     alone = None if prior is None else scores(prior.to(device).expand_as(originals))
     gallery = Gallery(downscale(originals), metrics.lpips)
-    hits = gallery.find(downscale(found))
+    hits = gallery.identify(downscale(found))
     distance = "lpips" if "lpips" in hits else "correlation"
     return BoundControls(other, alone, float(hits[distance].mean()), distance, len(ids))

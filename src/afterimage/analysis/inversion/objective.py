@@ -82,12 +82,12 @@ class Objective:
 
     def __init__(
         self,
-        features_of: FeatureFunction,
+        feature_function: FeatureFunction,
         targets: Sequence[Tensor],
         config: InvertConfig,
         whitening: Sequence[Tensor] | None = None,
     ) -> None:
-        self.features_of, self.config, self.whitening = features_of, config, whitening
+        self.feature_function, self.config, self.whitening = feature_function, config, whitening
         self.targets = [target.detach() for target in targets]
         for i, target in enumerate(self.targets):
             if not torch.isfinite(target).all():
@@ -131,7 +131,7 @@ class Objective:
         return [torch.cat(pair)[order] for pair in parts]
 
     def _exact(self, images: Images) -> list[Tensor]:
-        features = list(self.features_of(images))
+        features = list(self.feature_function(images))
         shapes = [[tuple(t.shape[1:]) for t in part] for part in (features, self.targets)]
         if shapes[0] != shapes[1] or any(len(map_) != len(images) for map_ in features):
             raise AfterimageError(
@@ -146,7 +146,7 @@ class Objective:
             torch.autocast(images.device.type, torch.bfloat16),
             MatmulAttention() if on_cpu else nullcontext(),
         ):
-            return [map_.float() for map_ in self.features_of(images)]
+            return [map_.float() for map_ in self.feature_function(images)]
 
     def _whitened(self, features: Sequence[Tensor], targets: Sequence[Tensor]) -> PerImage:
         """Return the mean square of the whitened differences, over channels, locations and layers."""

@@ -42,16 +42,16 @@ class Refinement:
 
     def __call__(self, images: Images, **options: Any) -> Iterator[Inversion]:
         """Refine the decoder's reconstructions of `images`; options and results are those of `search`."""
-        return self.of_features(encode(self.reconstructor.encoders, images), **options)
+        return self.refine_features(encode(self.reconstructor.encoders, images), **options)
 
-    def of_features(self, targets: Sequence[Tensor], **options: Any) -> Iterator[Inversion]:
+    def refine_features(self, targets: Sequence[Tensor], **options: Any) -> Iterator[Inversion]:
         """Refine the decoder's images of feature maps."""
         with torch.no_grad():
             start = self.reconstructor.feature_decoder(targets).clone()
         settings = {"method": self.method, "errors": self.errors, "seed": self.seed}
-        with differentiable(self.reconstructor.encoders) as features_of:
+        with differentiable(self.reconstructor.encoders) as feature_function:
             yield from search(
-                features_of, targets, tuple(start.shape[-2:]), start=start, **settings, **options
+                feature_function, targets, tuple(start.shape[-2:]), start=start, **settings, **options
             )
 
 
@@ -68,9 +68,9 @@ class BestEstimate:
         found, _ = search_batch(self.refinement, images, progress=progress, batches=self.batches)
         yield self._corrected(encode(self.refinement.reconstructor.encoders, images), found)
 
-    def of_features(self, targets: Sequence[Tensor]) -> Iterator[Inversion]:
+    def refine_features(self, targets: Sequence[Tensor]) -> Iterator[Inversion]:
         """Refine and correct the decoder's images of feature maps."""
-        *_, found = self.refinement.of_features(targets)
+        *_, found = self.refinement.refine_features(targets)
         yield self._corrected(targets, found)
 
     @torch.no_grad()
@@ -97,7 +97,7 @@ def decoder_errors(
             maps = reconstructor.encoders(decoded)
             yield images - decoded, [a - b for a, b in zip(maps, wanted, strict=True)]
 
-    return DecoderErrors.learn(errors())
+    return DecoderErrors.estimate(errors())
 
 
 def choose_passes(
@@ -159,9 +159,9 @@ def search_from_grey(encoders: FeatureSource, method: InvertConfig, seed: int) -
 
     def from_grey(images: Images, **options: Any) -> Iterator[Inversion]:
         targets = encode(encoders, images)
-        with differentiable(encoders) as features_of:
+        with differentiable(encoders) as feature_function:
             yield from search(
-                features_of, targets, tuple(images.shape[-2:]), method=method, seed=seed, **options
+                feature_function, targets, tuple(images.shape[-2:]), method=method, seed=seed, **options
             )
 
     return from_grey

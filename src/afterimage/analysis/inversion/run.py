@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from afterimage.analysis.inversion.best_estimate import corrector_steps
+from afterimage.analysis.inversion.inputs import InversionInputs
 from afterimage.analysis.inversion.invert import Images, encode
 from afterimage.analysis.inversion.measure import (
     BATCH,
@@ -33,7 +33,7 @@ from afterimage.analysis.inversion.refinement import (
     search_from_grey,
     train_on_refined,
 )
-from afterimage.config import AfterimageError, DataConfig, format_count, load_toml, printable_path
+from afterimage.config import AfterimageError, format_count, load_toml
 from afterimage.config.inversion import (
     MAX_ERROR_IMAGES,
     EstimateConfig,
@@ -42,8 +42,7 @@ from afterimage.config.inversion import (
     num_error_images,
     tuning_image_indices,
 )
-from afterimage.data.dataset import file_notes, load_data, load_test_images, prepare_image
-from afterimage.data.images import ImageSet, crops_digest
+from afterimage.data.images import ImageSet
 from afterimage.evaluation.evaluate import evaluate, score_notes, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics
 from afterimage.models.reconstructor import FeatureSource, Reconstructor
@@ -62,80 +61,13 @@ from afterimage.runtime.terminal import Progress, no_progress
 from afterimage.training.checkpoint import load_reconstructor
 
 
-@dataclass(frozen=True)
-class InversionInputs:
-    """Images to invert, with what a run records about them.
-
-    From the `validation` images a decoder's errors may be learned; None if there are none.
-    """
-
-    images: ImageSet
-    config: DataConfig
-    facts: DataFacts
-    notes: tuple[str, ...] = ()
-    validation: ImageSet | None = None
-
-
-def from_data(
-    config: DataConfig, *, cache: Path | None = None, progress: Progress = no_progress
-) -> InversionInputs:
-    """Return the test and validation images of a data configuration; raise the errors of `load_data`."""
-    data = load_data(config, cache=cache, progress=progress)
-    return InversionInputs(data.test, config, data.describe(), data.notes, data.validation)
-
-
-def from_source(
-    config: DataConfig, *, cache: Path | None = None, progress: Progress = no_progress
-) -> InversionInputs:
-    """Return the images of the source `config.test`, for inversions from grey, which are trained on no images.
-
-    These are its test split or, if it has none, all its images; errors are those of `load_test_images`.
-    """
-    images, notes = load_test_images(config, training=False, cache=cache, progress=progress)
-    digest = crops_digest(config, images.content_digests)
-    facts = DataFacts(
-        config.source, config.test, digest, digest, len(images), config.resize, config.crop
-    )  # fmt: skip
-    return InversionInputs(images, config, facts, tuple(notes))
-
-
-def from_files(paths: Sequence[Path], *, resize: int = 256, crop: int | str = 224) -> InversionInputs:
-    """Read image files and prepare them like test images: resize, then take the centre crop (see `DataConfig`).
-
-    Raises:
-        AfterimageError: a file is not an image, or is given twice; the message names it
-    """
-    names = [printable_path(path) for path in paths]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise AfterimageError(f"given twice: {', '.join(sorted(twice))}")
-    config = DataConfig(resize=resize, crop=crop)
-    crops = torch.cat([prepare_image(path, config) for path in paths])
-    digest = hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
-    facts = DataFacts("files", "", digest, digest, len(paths), config.resize, config.crop)
-    notes = tuple(file_notes(paths, config))
-    return InversionInputs(_Files(names, crops), replace(config, source="files:" + digest[:16]), facts, notes)
-
-
-class _Files(ImageSet):
-    """Set of crops held in memory, `(N, 3, height, width)` in [0, 1]."""
-
-    def __init__(self, ids: Sequence[str], crops: Tensor) -> None:
-        self.ids, self._crops, self.size = list(ids), crops, tuple(crops.shape[-2:])
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def crops(self, indices: Any, *, device: str | torch.device = "cpu", **_: Any) -> Tensor:
-        return self._crops[torch.as_tensor(indices)].to(device)
-
-
 def invert_run(
     run: Run,
     root: Path,
     method: InvertConfig,
-    given: InversionInputs,
+    inputs: InversionInputs,
     *,
-    plain: bool = True,
+    from_grey: bool = True,
     estimate: EstimateConfig | None = None,
     weights: str | None = None,
     seed: int = 0,
@@ -152,7 +84,7 @@ def invert_run(
 
     Args:
         method: settings of the search
-        plain: also invert the same features from grey, without the decoder or any other image
+        from_grey: also invert the same features from grey, without the decoder or any other image
         estimate: also find the best estimates, which need validation images; None to leave them out
         weights: weights of the encoders; None takes the run's own
         seed: seed of the searches
@@ -172,15 +104,15 @@ def invert_run(
             "it again and again"
         )
     lpips = lpips or run.lpips_net
-    common = {"data": given.config, "seed": seed, "lpips": lpips}
+    common = {"data": inputs.config, "seed": seed, "lpips": lpips}
     configs = [InversionConfig(sources, where, run.name, method, **common)]
     if estimate and estimate.images:
         configs.append(InversionConfig(sources, where, run.name, method, estimate=estimate, **common))
-    if plain:
+    if from_grey:
         configs.append(InversionConfig(sources, where, "", method, **common))
-    folders = {config.result_kind: Run.create(root, config) for config in configs}
-    metrics = Metrics(lpips, size=min(given.config.size))
-    now = given.facts, metrics.lpips_status
+    folders = {config.answer: Run.create(root, config) for config in configs}
+    metrics = Metrics(lpips, size=min(inputs.config.size))
+    now = inputs.facts, metrics.lpips_status
     missing = {
         answer: folder
         for answer, folder in folders.items()
@@ -191,9 +123,9 @@ def invert_run(
     reconstructor = load_reconstructor(run, weights=where).to(device)
     options: dict[str, Any] = {"metrics": metrics, "device": device, "progress": progress}
     if missing.keys() & {"refined", "estimate"}:
-        _from_decoder(run, folders, missing, reconstructor, method, given, estimate, seed, **options)
+        _from_decoder(run, folders, missing, reconstructor, method, inputs, estimate, seed, **options)
     if folder := missing.get("inversion"):
-        invert_sources(folder, reconstructor.encoders, method, given, seed=seed, **options)
+        invert_sources(folder, reconstructor.encoders, method, inputs, seed=seed, **options)
     return list(folders.values())
 
 
@@ -242,19 +174,19 @@ def _from_decoder(
     missing: Mapping[str, Run],
     reconstructor: Reconstructor,
     method: InvertConfig,
-    given: InversionInputs,
+    inputs: InversionInputs,
     estimate: EstimateConfig | None,
     seed: int,
     **options: Any,
 ) -> None:
     """Refine a decoder's reconstructions and find best estimates, whichever is missing."""
     metrics, device, progress = (options[name] for name in ("metrics", "device", "progress"))
-    encoders, validation = reconstructor.encoders, given.validation
+    encoders, validation = reconstructor.encoders, inputs.validation
     start = {
         "start": run.name,
         "start_decoder": run.config.decoder.name,
         "start_sha256": sha256(run.file("decoder.safetensors")),
-        "decoder_alone": _decoder_alone(reconstructor, given.images, metrics, device),
+        "decoder_alone": _decoder_alone(reconstructor, inputs.images, metrics, device),
     }
     prior = None
     if validation is not None:
@@ -268,7 +200,7 @@ def _from_decoder(
         few = "no validation images" if validation is None else "too few validation images"
         errors, notes = None, [f"the decoder's errors are not known, natural images stand for them: {few}"]
     refinement = Refinement(reconstructor, method, errors, seed)
-    made_for = _made_for(encoders, run.name, start["start_sha256"], given, metrics)
+    made_for = _made_for(encoders, run.name, start["start_sha256"], inputs, metrics)
     aside = folders["refined"].path / "validation"
     if method.held_out and validation is not None and method.optimizer == "lbfgs":
         if "refined" in missing:
@@ -290,7 +222,7 @@ def _from_decoder(
     )
     options |= {"start": start, "prior": prior}
     if folder := missing.get("refined"):
-        _run_inversion(folder, encoders, refinement, given, notes, kept, **options)
+        _run_inversion(folder, encoders, refinement, inputs, notes, kept, **options)
     if folder := missing.get("estimate"):
         if validation is None:
             raise AfterimageError(
@@ -304,7 +236,7 @@ def _from_decoder(
         notes.append(f"learned from {images}, refined alike, in {steps}")
         best = BestEstimate(refinement, corrector, kept)
         # No batches of its own: the estimates start from those of the refinement.
-        _run_inversion(folder, encoders, best, given, notes, None, **options)
+        _run_inversion(folder, encoders, best, inputs, notes, None, **options)
     kept.clear()
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -313,14 +245,14 @@ def invert_sources(
     folder: Run,
     encoders: FeatureSource,
     method: InvertConfig,
-    given: InversionInputs,
+    inputs: InversionInputs,
     *,
     seed: int,
     **options: Any,
 ) -> None:
     """Invert images from grey through all sources of `encoders` together, into a run folder."""
-    batches = BatchCache(folder.path, [_made_for(encoders, "", "", given, options["metrics"]), method.steps])
-    _run_inversion(folder, encoders, search_from_grey(encoders, method, seed), given, [], batches, **options)
+    batches = BatchCache(folder.path, [_made_for(encoders, "", "", inputs, options["metrics"]), method.steps])
+    _run_inversion(folder, encoders, search_from_grey(encoders, method, seed), inputs, [], batches, **options)
     batches.clear()
 
 
@@ -341,18 +273,18 @@ def _decoder_alone(
 
 
 def _made_for(
-    encoders: FeatureSource, start: str, digest: str, given: InversionInputs, metrics: Metrics
+    encoders: FeatureSource, start: str, digest: str, inputs: InversionInputs, metrics: Metrics
 ) -> list[Any]:
     """Return what finished batches depend on besides their images: weights, decoder's run and file, data, LPIPS."""
     weights = map(asdict, encoders.weights_of(encoders.sources))
-    return [*weights, start, digest, asdict(given.facts), asdict(metrics.lpips_status)]
+    return [*weights, start, digest, asdict(inputs.facts), asdict(metrics.lpips_status)]
 
 
 def _run_inversion(
     folder: Run,
     encoders: FeatureSource,
     search: Search,
-    given: InversionInputs,
+    inputs: InversionInputs,
     notes: Sequence[str],
     batches: BatchCache | None,
     *,
@@ -375,9 +307,9 @@ def _run_inversion(
         write_image(folder.file("progress.png"), np.concatenate(list(to_uint8(images)), axis=1))
 
     measured = measure(
-        search, given.images, metrics, device=device, progress=progress, snapshot=snapshot, batches=batches
+        search, inputs.images, metrics, device=device, progress=progress, snapshot=snapshot, batches=batches
     )  # fmt: skip
-    alone = None if prior is None else list(search.of_features(prior))[-1].images
+    alone = None if prior is None else list(search.refine_features(prior))[-1].images
     steps = measured.curve[-1]["step"]
     took = f"{format_count(steps, 'pass', 'passes')} an inversion, {measured.seconds:.1f} s an image"
     facts = InversionFacts(
@@ -393,7 +325,7 @@ def _run_inversion(
         kind="inversion",
         label=f"{' + '.join(config.sources)} · {name}",
         config=config,
-        data=given.facts,
+        data=inputs.facts,
         lpips=metrics.lpips_status,
         scores=summarise(measured.rows),
         per_image=tuple(measured.rows),
@@ -405,7 +337,7 @@ def _run_inversion(
             *weight_notes(weights),
             *encoders.notes_of(encoders.sources),
             *notes,
-            *given.notes,
+            *inputs.notes,
             *score_notes(measured.rows),
         ),
     )

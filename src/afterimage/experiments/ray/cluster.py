@@ -161,10 +161,10 @@ def allocate_resources(
     return needs
 
 
-def describe(need: Mapping[str, int]) -> str:
+def describe(resources: Mapping[str, int]) -> str:
     """Describe the resources of a group, such as `2 CPUs, 1 GPU, 3.1 GiB`."""
-    cpus, gpus = need["num_cpus"], need["num_gpus"]
-    return f"{cpus} CPU{'s' * (cpus > 1)}, {'1 GPU, ' * gpus}{need['memory'] / 2**30:.1f} GiB"
+    cpus, gpus = resources["num_cpus"], resources["num_gpus"]
+    return f"{cpus} CPU{'s' * (cpus > 1)}, {'1 GPU, ' * gpus}{resources['memory'] / 2**30:.1f} GiB"
 
 
 class WorkerLost(AfterimageError):
@@ -209,13 +209,18 @@ class Tasks:
             names: what the task does, for a message
             arguments: arguments of `work`
         """
-        need = self.needs[number]
+        resources = self.needs[number]
         # No retries by Ray: they would ignore checkpoints and the limit `retries`.
-        task = self.run_task.options(max_retries=0, **need).remote(
-            work, arguments, number=number, threads=need["num_cpus"], messages=self.messages, **worker.driver_context()
-        )  # fmt: skip
+        task = self.run_task.options(max_retries=0, **resources).remote(
+            work,
+            arguments,
+            number=number,
+            threads=resources["num_cpus"],
+            messages=self.messages,
+            **worker.driver_context(),
+        )
         self.running[task] = number
-        self.show(number, f"waits for {describe(need)}: {names}", 0, 1)
+        self.show(number, f"waits for {describe(resources)}: {names}", 0, 1)
 
     def count_lost(self, number: int, who: str, why: str, start: str) -> None:
         """Count a lost worker of the task that does `who`, and say where the next worker starts.

@@ -154,7 +154,7 @@ class Driver:
 
     def _submit(self, job: Job) -> None:
         """Submit a task for the job's runs, except those that another process is training."""
-        job.runs = self.queue.take(job.group)
+        job.runs = self.queue.acquire_runs(job.group)
         if not job.runs:
             return
         try:
@@ -174,7 +174,7 @@ class Driver:
             if job.shared:
                 self._release(job)
             else:
-                self.queue.mark(job.runs, "running")
+                self.queue.set_states(job.runs, "running")
             names = ", ".join(config.name for config in configs)
             self.tasks.submit(job.number, worker.train_group, names, **attempt)
             job.running = True
@@ -197,31 +197,31 @@ class Driver:
             job.running = False
             self._release(job)
 
-    def _accept(self, job: Job, answer: GroupOutcome | None) -> None:
-        if answer is None:
+    def _accept(self, job: Job, outcome: GroupOutcome | None) -> None:
+        if outcome is None:
             job.shared = False
             where = f"the worker does not see {printable_path(self.root)}: runs are sent back when they have ended"
             self.tasks.show(job.number, where)
             return
         for run in job.runs:
-            if run.name in answer.folders:
+            if run.name in outcome.folders:
                 self.queue.locks[run].check()
-                unpack(run, answer.folders[run.name])
+                unpack(run, outcome.folders[run.name])
                 if run.state == "done":
                     remove_checkpoint(run)
-        left = {run for run in job.runs if run.name in answer.left}
-        self.queue.elsewhere |= left
-        ended = [run for run in job.runs if run not in left]
-        self._settle(ended)
-        if answer.stopped:
+        skipped = {run for run in job.runs if run.name in outcome.skipped}
+        self.queue.running_elsewhere |= skipped
+        ended = [run for run in job.runs if run not in skipped]
+        self._remove_ended(ended)
+        if outcome.stopped:
             self._lost(job, "it was stopped")
         elif any(run in self.queue.waiting for run in ended):  # without a recorded failure
-            raise AfterimageError("; ".join(map(str, answer.failures)) or "a worker ended without a result")
+            raise AfterimageError("; ".join(map(str, outcome.failures)) or "a worker ended without a result")
         else:
             states = ", ".join(f"{run.name} {run.state}" for run in ended)
             self.tasks.show(job.number, states or "is left to another process")
 
-    def _settle(self, runs: Iterable[Run]) -> None:
+    def _remove_ended(self, runs: Iterable[Run]) -> None:
         """Remove the runs that a worker has ended from the queue, and record their failures."""
         for run in runs:
             with self.queue.isolate(run):
@@ -231,7 +231,7 @@ class Driver:
 
     def _lost(self, job: Job, why: str) -> None:
         """Leave the runs of a lost worker waiting for another one, or end them if the retries are used up."""
-        self._settle(job.runs)
+        self._remove_ended(job.runs)
         if self.stopping:
             self.tasks.show(job.number, "stopped after the step under way")
         elif self._waiting(job.runs):
@@ -248,7 +248,7 @@ class Driver:
         self.tasks.show(job.number, one_line(error))
         self._release(job)
         waiting = self._waiting(job.runs)
-        self.queue.fail(self.queue.take(waiting), error)
+        self.queue.fail(self.queue.acquire_runs(waiting), error)
         for run in waiting:
             self.queue.waiting.pop(run, None)
         self._release(job)
@@ -261,7 +261,7 @@ class Driver:
             self._collect()
         for job in self.jobs:  # workers set this state themselves, unless they were lost
             running = {run: config for run, config in job.runs.items() if run.state == "running"}
-            self.queue.mark(self.queue.take(running), "stopped")
+            self.queue.set_states(self.queue.acquire_runs(running), "stopped")
 
 
 def _checkpoints(run: Run) -> dict[str, bytes]:

@@ -31,13 +31,13 @@ class GroupOutcome:
 
     Attributes:
         failures: errors of the group's runs
-        left: names of runs that other processes are training
+        skipped: names of runs that other processes are training
         stopped: whether training stopped because it was asked to
         folders: files of run folders that the driver cannot see
     """
 
     failures: list[AfterimageError] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     stopped: bool = False
     folders: Folders = field(default_factory=dict)
 
@@ -130,8 +130,8 @@ def train_group(
     from afterimage.experiments.queue import train_runs
     from afterimage.runtime.process import Stopped
 
-    answer = GroupOutcome()
-    left: list[Run] = []
+    outcome = GroupOutcome()
+    skipped: list[Run] = []
     with contextlib.ExitStack() as stack:
         where = "in the shared folder"
         if folder is None:
@@ -142,13 +142,13 @@ def train_group(
         names = ", ".join(config.name for config in runs)
         progress(f"is trained on {socket.gethostname()} {where}: {names}", 1, 1)
         try:
-            train_runs(runs, root, progress=progress, failures=answer.failures, left=left, **options)
+            train_runs(runs, root, progress=progress, failures=outcome.failures, skipped=skipped, **options)
         except Stopped:
-            answer.stopped = True
-        answer.left = [run.name for run in left]
+            outcome.stopped = True
+        outcome.skipped = [run.name for run in skipped]
         if folder is None:
-            answer.folders = {config.name: pack(Run(Path(root, config.name))) for config in runs}
-    return answer
+            outcome.folders = {config.name: pack(Run(Path(root, config.name))) for config in runs}
+    return outcome
 
 
 def find_bound(

@@ -45,12 +45,12 @@ class Defence(nn.Module):
     def __init__(self, name: str, spec: FeatureSpec, parts: Sequence[DefenceStep]) -> None:
         super().__init__()
         self.name, self.spec, self.parts = name, spec, nn.ModuleList(parts)
-        self.register_buffer("fitted", torch.tensor(not any(part.learns for part in parts)))
-        self.sent_spec = parts[-1].sent if parts else spec
-        plain = wire = TransmissionCost(spec.values)
+        self.register_buffer("fitted", torch.tensor(not any(part.requires_fit for part in parts)))
+        self.sent_spec = parts[-1].output_spec if parts else spec
+        plain = cost = TransmissionCost(spec.values)
         for part in parts:
-            wire = part.wire(wire)
-        self.plain_bytes, self.sent_bytes = plain.bytes, wire.bytes
+            cost = part.transmission_cost(cost)
+        self.plain_bytes, self.sent_bytes = plain.bytes, cost.bytes
 
     @property
     def preserves_positions(self) -> bool:
@@ -69,13 +69,13 @@ class Defence(nn.Module):
     def fit(self, maps: Map) -> Defence:
         """Fit each part on maps `(N, C, h, w)` after the parts before it, and return the defence."""
         for part in self.parts:
-            part.learn(maps)
+            part.measure_statistics(maps)
             maps = part.encode(maps)
         self.fitted.fill_(True)
         return self
 
     def encode(self, maps: Map, *, random: bool = True) -> Map:
-        """Return the features to send; raise an `AfterimageError` if a part learns and the defence was not fitted.
+        """Return the features to send; raise an `AfterimageError` if the defence has to be fitted and was not.
 
         Args:
             maps: the features `(B, C, h, w)`
@@ -116,7 +116,7 @@ def create_defence(
     """
     parts: list[DefenceStep] = []
     for word in [] if text.strip() == "none" else text.split("+"):
-        parts.append(_part(word.strip(), parts[-1].sent if parts else spec, seed, image_size))
+        parts.append(_part(word.strip(), parts[-1].output_spec if parts else spec, seed, image_size))
     return Defence(text, spec, parts)
 
 

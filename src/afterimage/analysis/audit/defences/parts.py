@@ -35,14 +35,14 @@ class DefenceStep(nn.Module):
 
     Attributes:
         spec: shape of the input features
-        sent: shape of the features that `encode` returns
+        output_spec: shape of the features that `encode` returns
         usage: syntax of the part, for messages
         generator: source of random numbers for experiments; None draws from the global generator
     """
 
     usage = ""
-    learns = False
-    """True if the part needs `learn` before it can run."""
+    requires_fit = False
+    """True if the part needs `measure_statistics` before it can run."""
     is_random = False
     """True if `encode` draws random numbers on every call, which the receiver cannot repeat."""
     preserves_positions = True
@@ -52,10 +52,10 @@ class DefenceStep(nn.Module):
 
     def __init__(self, spec: FeatureSpec) -> None:
         super().__init__()
-        self.spec = self.sent = spec
+        self.spec = self.output_spec = spec
         self.generator: torch.Generator | None = None
 
-    def learn(self, maps: Map) -> None:
+    def measure_statistics(self, maps: Map) -> None:
         """Measure the statistics that `encode` and `decode` need on features `(N, C, h, w)`."""
 
     def encode(self, maps: Map) -> Map:
@@ -66,9 +66,9 @@ class DefenceStep(nn.Module):
         """Return features of the original shape from sent ones."""
         return sent
 
-    def wire(self, wire: TransmissionCost) -> TransmissionCost:
+    def transmission_cost(self, cost: TransmissionCost) -> TransmissionCost:
         """Return the cost after this part from the cost before it."""
-        return wire
+        return cost
 
 
 def check_number(part: DefenceStep, value: int | float, low: float, high: float) -> float:
@@ -90,7 +90,7 @@ class Noise(DefenceStep):
     """
 
     usage = "noise:SCALE (of each channel's standard deviation, for example noise:0.5)"
-    learns = True
+    requires_fit = True
     is_random = True
 
     def __init__(self, spec: FeatureSpec, scale: int | float) -> None:
@@ -98,7 +98,7 @@ class Noise(DefenceStep):
         self.scale = check_number(self, scale, 0.0, math.inf)
         self.register_buffer("std", torch.ones(spec.channels))
 
-    def learn(self, maps: Map) -> None:
+    def measure_statistics(self, maps: Map) -> None:
         """Measure each channel's standard deviation."""
         self.std.copy_(maps.transpose(0, 1).flatten(1).std(1))
 
@@ -106,7 +106,7 @@ class Noise(DefenceStep):
         drawn = torch.randn(maps.shape, generator=self.generator).to(maps)
         return maps + self.scale * broadcast_channels(self.std, maps) * drawn
 
-    def wire(self, wire: TransmissionCost) -> TransmissionCost:
+    def transmission_cost(self, cost: TransmissionCost) -> TransmissionCost:
         return TransmissionCost(self.spec.values)
 
 
@@ -136,7 +136,7 @@ class Quantise(DefenceStep):
     """
 
     usage = "intBITS (int2 to int16, for example int8)"
-    learns = True
+    requires_fit = True
 
     def __init__(self, spec: FeatureSpec, bits: int) -> None:
         super().__init__(spec)
@@ -146,7 +146,7 @@ class Quantise(DefenceStep):
         self.register_buffer("low", torch.zeros(spec.channels))
         self.register_buffer("step", torch.ones(spec.channels))
 
-    def learn(self, maps: Map) -> None:
+    def measure_statistics(self, maps: Map) -> None:
         values = maps.transpose(0, 1).flatten(1)
         self.low.copy_(values.amin(1))
         step = (values.amax(1) - self.low) / (2**self.bits - 1)
@@ -164,8 +164,8 @@ class Quantise(DefenceStep):
     def encode(self, maps: Map) -> Map:
         return _StraightThrough.apply(maps, self.values(self.codes(maps)).to(maps.dtype))
 
-    def wire(self, wire: TransmissionCost) -> TransmissionCost:
-        return replace(wire, bits=self.bits)
+    def transmission_cost(self, cost: TransmissionCost) -> TransmissionCost:
+        return replace(cost, bits=self.bits)
 
 
 class OneBit(DefenceStep):
@@ -176,14 +176,14 @@ class OneBit(DefenceStep):
     """
 
     usage = "1bit"
-    learns = True
+    requires_fit = True
 
     def __init__(self, spec: FeatureSpec) -> None:
         super().__init__(spec)
         for name in ("threshold", "below", "above"):
             self.register_buffer(name, torch.zeros(spec.channels))
 
-    def learn(self, maps: Map) -> None:
+    def measure_statistics(self, maps: Map) -> None:
         values = maps.transpose(0, 1).flatten(1)
         mean = values.mean(1)
         self.threshold.copy_(mean)
@@ -198,8 +198,8 @@ class OneBit(DefenceStep):
         levels = torch.where(high, broadcast_channels(self.above, maps), broadcast_channels(self.below, maps))
         return _StraightThrough.apply(maps, levels.to(maps.dtype))
 
-    def wire(self, wire: TransmissionCost) -> TransmissionCost:
-        return replace(wire, bits=1)
+    def transmission_cost(self, cost: TransmissionCost) -> TransmissionCost:
+        return replace(cost, bits=1)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -238,9 +238,9 @@ class TopK(DefenceStep):
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.abs().topk(self.k).indices, True)
         return torch.where(kept, flat, torch.zeros_like(flat)).view_as(maps)
 
-    def wire(self, wire: TransmissionCost) -> TransmissionCost:
+    def transmission_cost(self, cost: TransmissionCost) -> TransmissionCost:
         places = min(self.k * math.ceil(math.log2(self.spec.values)), self.spec.values)
-        return TransmissionCost(self.k, wire.bits, places)
+        return TransmissionCost(self.k, cost.bits, places)
 
 
 class PCA(DefenceStep):
@@ -250,7 +250,7 @@ class PCA(DefenceStep):
     """
 
     usage = "pca:DIMENSIONS (at most the number of channels, for example pca:8)"
-    learns = True
+    requires_fit = True
 
     def __init__(self, spec: FeatureSpec, dimensions: int | float) -> None:
         super().__init__(spec)
@@ -258,11 +258,11 @@ class PCA(DefenceStep):
             raise AfterimageError(
                 f"pca:{dimensions} of {spec.source}, which has {spec.channels} channels; write {self.usage}"
             )
-        self.sent = replace(spec, channels=dimensions)
+        self.output_spec = replace(spec, channels=dimensions)
         self.register_buffer("mean", torch.zeros(spec.channels))
         self.register_buffer("components", torch.zeros(dimensions, spec.channels))
 
-    def learn(self, maps: Map) -> None:
+    def measure_statistics(self, maps: Map) -> None:
         rows = maps.movedim(1, -1).flatten(0, -2)
         self.mean.copy_(rows.mean(0, dtype=torch.float64))
         covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -277,15 +277,15 @@ class PCA(DefenceStep):
     def decode(self, sent: Map) -> Map:
         return torch.einsum("dc,bdhw->bchw", self.components, sent) + self.mean[:, None, None]
 
-    def wire(self, wire: TransmissionCost) -> TransmissionCost:
-        return TransmissionCost(self.sent.values)
+    def transmission_cost(self, cost: TransmissionCost) -> TransmissionCost:
+        return TransmissionCost(self.output_spec.values)
 
 
 class Drop(DefenceStep):
     """All channels but a fixed random share of them; `decode` replaces the others by their means."""
 
     usage = "drop:FRACTION (of the channels, for example drop:0.5)"
-    learns = True
+    requires_fit = True
     context = ("seed",)
 
     def __init__(self, spec: FeatureSpec, fraction: int | float, seed: int = 0) -> None:
@@ -295,12 +295,12 @@ class Drop(DefenceStep):
             raise AfterimageError(
                 f"drop:{fraction} leaves none of the {spec.channels} channels of {spec.source}"
             )
-        self.sent = replace(spec, channels=kept)
+        self.output_spec = replace(spec, channels=kept)
         drawn = torch.randperm(spec.channels, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("kept", drawn[:kept].sort().values)
         self.register_buffer("mean", torch.zeros(spec.channels))
 
-    def learn(self, maps: Map) -> None:
+    def measure_statistics(self, maps: Map) -> None:
         self.mean.copy_(maps.mean((0, 2, 3)))
 
     def encode(self, maps: Map) -> Map:
@@ -310,8 +310,8 @@ class Drop(DefenceStep):
         shape = (len(sent), self.spec.channels, *sent.shape[2:])
         return broadcast_channels(self.mean, sent).to(sent.dtype).expand(shape).index_copy(1, self.kept, sent)
 
-    def wire(self, wire: TransmissionCost) -> TransmissionCost:
-        return TransmissionCost(self.sent.values, wire.bits)
+    def transmission_cost(self, cost: TransmissionCost) -> TransmissionCost:
+        return TransmissionCost(self.output_spec.values, cost.bits)
 
 
 class Pool(DefenceStep):
@@ -335,7 +335,7 @@ class Pool(DefenceStep):
         self.size = size
         height, width = math.ceil(spec.height / size), math.ceil(spec.width / size)
         pixels = image_size or (None, None)
-        self.sent = replace(
+        self.output_spec = replace(
             spec,
             height=height,
             width=width,
@@ -358,5 +358,5 @@ class Pool(DefenceStep):
         enlarged = F.interpolate(sent, whole, mode="bilinear", align_corners=False)
         return enlarged[..., : self.spec.height, : self.spec.width]
 
-    def wire(self, wire: TransmissionCost) -> TransmissionCost:
-        return TransmissionCost(self.sent.values)
+    def transmission_cost(self, cost: TransmissionCost) -> TransmissionCost:
+        return TransmissionCost(self.output_spec.values)

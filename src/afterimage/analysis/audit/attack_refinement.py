@@ -56,20 +56,20 @@ def refine_and_estimate(
         )
         session.results.unmeasured.add((first.layer, first.defence))
         return
-    with session.ending(first.label, conditions):
+    with session.catch_failure(first.label, conditions):
         for condition in conditions:
-            session.begin(condition)
+            session.create_folder(condition)
         started, told = time.monotonic(), f"decoded by {first.decoder}"
         attack, count = _Attack(loader, decoder), len(loader.data.test)
         if white_box:
-            attack.begin_refining(attackers.refine_steps)
+            attack.start_refining(attackers.refine_steps)
             count = min(attackers.refine_images, count)
             told += f", then refined for {attackers.refine_steps} steps"
         notes = {REFINED: told}
         if any(condition.answer == ESTIMATE for condition in conditions):
             wanted, own = attackers.estimate.images, len(loader.data.validation)
             taught = tuning_image_indices(own, wanted) if white_box else range(min(wanted, own))
-            attack.learn(taught, attackers.estimate)
+            attack.train_corrector(taught, attackers.estimate)
             images = format_count(len(taught), "image")
             notes[ESTIMATE] = f"{told}, then corrected by what {images} of the attacker's own taught"
         found = attack.measure(conditions, count)
@@ -96,11 +96,11 @@ class _Attack:
         with encoder.gradients():
             return [self.defence.encode(*encoder(images), random=False)]
 
-    def begin_refining(self, steps: int) -> None:
+    def start_refining(self, steps: int) -> None:
         """Refine images from now on, in this number of steps; learn the decoder's errors first."""
         self.method = InvertConfig(steps=steps, precision=self.precision)
         if known := num_error_images(len(self.loader.data.validation)):
-            self.errors = DecoderErrors.learn(self._errors(known))
+            self.errors = DecoderErrors.estimate(self._errors(known))
 
     @torch.no_grad()
     def _errors(self, count: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
@@ -110,7 +110,7 @@ class _Attack:
             maps = zip(self.features_of(decoded), wanted, strict=True)
             yield images - decoded, [a - b for a, b in maps]
 
-    def learn(self, chosen: range, config: EstimateConfig) -> None:
+    def train_corrector(self, chosen: range, config: EstimateConfig) -> None:
         """Learn to correct from the attacker's validation images at the indices `chosen`."""
         groups, loader, progress = [], self.loader, self.loader.context.progress
         for group in self._answers(loader.data.validation, chosen):

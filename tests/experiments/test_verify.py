@@ -11,7 +11,7 @@ from afterimage.config import dump_toml
 from afterimage.config.inversion import InversionConfig, InvertConfig
 from afterimage.evaluation.baselines import run_baselines
 from afterimage.experiments.inference import evaluate_run
-from afterimage.experiments.reproduce import verify_runs
+from afterimage.experiments.verify import verify_runs
 from afterimage.models.weight_files import load_tensors
 from afterimage.runs.files import read_csv, write_csv, write_json
 from afterimage.runs.run import Run, scan
@@ -49,7 +49,7 @@ def test_everything_holds(study, done):
     assert len(verdicts) == 5
     for one in verdicts:
         assert one.holds and not one.changes and one.images == 2
-        assert one.worst["psnr"] <= 1e-4
+        assert one.max_differences["psnr"] <= 1e-4
 
 
 def test_a_run_is_measured_again_in_the_precision_of_its_training(done, tmp_path):
@@ -236,7 +236,11 @@ def test_a_score_that_cannot_be_measured_is_not_measured(study, done):
     write_csv(run.file("scores.csv"), [row | {"lpips": 0.5} for row in run.result.per_image])
     edit(run, "summary.json", lambda s: s["scores"].update(lpips={"mean": 0.5, "std": 0.0, "count": 2}))
     found = verdict(study, done)
-    assert found.missing == ["lpips cannot be measured here"] and not found.problems and "psnr" in found.worst
+    assert (
+        found.missing == ["lpips cannot be measured here"]
+        and not found.problems
+        and "psnr" in found.max_differences
+    )
 
 
 def test_evaluating_on_other_images_needs_no_training_images_and_keeps_the_network(

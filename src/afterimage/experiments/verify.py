@@ -48,7 +48,7 @@ class Verification:
     Attributes:
         run: the run
         images: number of images that were measured
-        worst: largest difference of any image's score from the stored one, by metric
+        max_differences: largest difference of any image's score from the stored one, by metric
         changes: differences between now and when the run was made
         problems: reasons why the stored scores do not hold
         missing: reasons why the run, or one of its metrics, cannot be measured here
@@ -57,7 +57,7 @@ class Verification:
 
     run: Run
     images: int = 0
-    worst: dict[str, float] = field(default_factory=dict)
+    max_differences: dict[str, float] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -201,7 +201,7 @@ def _compare(verdict: Verification, stored: Sequence[Mapping[str, Any]], rows: l
             verdict.missing.append(f"{name} cannot be measured here")
             continue
         difference, image = max((abs(now - before), identity) for before, now, identity in pairs)
-        verdict.worst[name] = difference
+        verdict.max_differences[name] = difference
         if not difference <= TOLERANCE[name]:
             limit = f"{TOLERANCE[name]:g}"
             verdict.problems.append(f"{name} differs by up to {difference:.3g} (image {image}), over {limit}")
