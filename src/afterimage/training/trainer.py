@@ -366,7 +366,9 @@ def _accumulate_gradients(
             decoder.fabric.backward(decoder.fabric_model(features, crop).sum())
         return decoder.total_loss.new_zeros(())
     with context.section("decoder forward"):
-        loss = decoder.loss(decoder.fabric_model(features, crop), decoder.model.decoder.crop_images(images, crop))
+        loss = decoder.loss(
+            decoder.fabric_model(features, crop), decoder.model.decoder.crop_images(images, crop)
+        )
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             raise AfterimageError(
                 f"{decoder.name}: the loss is {loss.item()} in epoch {decoder.epoch + 1}, step "
