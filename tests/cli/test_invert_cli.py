@@ -345,7 +345,7 @@ def test_ones_own_image_from_a_decoder(command, run, place):
         ((), "give images and layers"),
         (("nothing.png", SOURCE), "nothing.png"),
         ((SOURCE,), "give images and layers"),
-        ((SOURCE, "."), "a run's layers are its own; leave out"),
+        ((SOURCE, "."), "a run already defines its layers; leave out"),
         ((__file__, SOURCE, "--data", "photographs"), "image files or --data, not both"),
         ((SOURCE, "--data", "photographs", "--method", "waves"), "unknown inversion method"),
         ((SOURCE, "--data", "photographs", "--held-out", 4), "--held-out needs a RUN"),

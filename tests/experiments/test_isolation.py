@@ -108,7 +108,7 @@ def test_encoders_that_raise_end_the_rows_that_read_that_layer(
     )
     assert [result(run) for run in others] == whole[1:]
     check_failed(broken, failures, error)
-    assert sum("half of the rows are tried" in line for line in said) == 1
+    assert sum("half of the rows are tried first" in line for line in said) == 1
 
 
 def test_encoders_that_raise_at_the_test_images_end_one_row(go, sample_images, whole, monkeypatch):

@@ -251,4 +251,4 @@ def test_anybodys_file(named, configs, data, cache, tmp_path, capsys):
     assert evaluate_run(maps, Metrics("alex", size=32), cache=cache).rows
     with pytest.raises(SystemExit):
         main(["invert", str(maps.path), "--max-images", "1", "--output-dir", str(tmp_path / "inv")])
-    assert "stored features whose encoder nobody has named" in " ".join(capsys.readouterr().err.split())
+    assert "stored features whose encoder is not recorded" in " ".join(capsys.readouterr().err.split())

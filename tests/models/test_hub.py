@@ -298,7 +298,7 @@ def test_what_push_refuses(hub, runs, tmp_path, capsys):
         return err
 
     run = runs[0].path
-    assert "--to 'me' is no name of a repository: write USER/NAME" in refused(run, "--to", "me")
+    assert "--to 'me' is not a valid repository name: write USER/NAME" in refused(run, "--to", "me")
     hub.commit("me/bert", **{"config.json": b'{"model_type": "bert"}'})
     assert "me/bert holds files other than those that afterimage pushes (its library_name" in refused(
         run, "--to", "me/bert"

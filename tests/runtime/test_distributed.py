@@ -226,7 +226,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(sample_images, cache, tmp_pa
     for config, expected in zip(some, (one[0], one[2]), strict=True):
         run = Run(tmp_path / config.name)
         same(run, expected)
-        assert any(f"went on with {then} instead of {first} processes" in note for note in run.result.notes)
+        assert any(f"resumed with {then} instead of {first} processes" in note for note in run.result.notes)
 
 
 @pytest.mark.long

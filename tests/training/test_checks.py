@@ -39,7 +39,7 @@ def test_an_encoder_in_training_mode_stops_the_run(sample_images, cache, tmp_pat
         check_frozen(encoders)
     norm.eval()
     norm.weight.requires_grad_(True)
-    with pytest.raises(AfterimageError, match="takes gradients"):
+    with pytest.raises(AfterimageError, match="requires gradients"):
         check_frozen(encoders)
 
     to = MultiEncoder.to

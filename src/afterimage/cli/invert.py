@@ -1,10 +1,10 @@
-"""`afterimage invert`: optimise images, from grey or from a decoder's answer, to find the measured bound."""
+"""`afterimage invert`: optimise images, from grey or from a decoder's reconstruction, to find the measured bound."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
@@ -16,19 +16,16 @@ from afterimage.runs.results import METRICS
 from afterimage.runs.run import Run, check_folder, scan
 from afterimage.runtime.terminal import Display, print_lines
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Invert:
     """Rebuild images from features alone by optimising them until their own features are the same.
 
-    With image files and MODEL:LAYER it starts from grey and uses all layers at once. With RUN it refines the answers of
-    that run's decoder, on image files or on the run's own test images. For the latter it also learns best estimates
-    from validation images, inverts from grey for comparison, and writes a table (bounds.csv, bounds.json) and the curve
-    of PSNR against passes (saturation.png) of all runs in the output folder. The result is a lower bound on what the
-    features hold; decoders approximate it much faster.
+    With image files and MODEL:LAYER it starts from grey and uses all layers at once. With RUN it refines the
+    reconstructions of that run's decoder, on image files or on the run's own test images. For the latter it also learns
+    best estimates from validation images, inverts from grey for comparison, and writes a table (bounds.csv,
+    bounds.json) and the curve of PSNR against passes (saturation.png) of all runs in the output folder. The result is a
+    lower bound on what the features hold; decoders approximate it much faster.
     """
 
     what: Annotated[
@@ -96,11 +93,11 @@ class Invert:
         """Return the run folders, image files and layers that were given; raise if they do not go together."""
         folders, files, sources = classify_arguments(self.what)
         if folders and sources:
-            raise AfterimageError(f"a run's layers are its own; leave out {', '.join(sources)}")
+            raise AfterimageError(f"a run already defines its layers; leave out {', '.join(sources)}")
         if self.refine_only and not folders:
             raise AfterimageError("--refine-only needs a RUN: without a decoder there is nothing to refine")
         if folders and self.size:
-            raise AfterimageError("a run's images have their size; leave out --size")
+            raise AfterimageError("a run already defines its image size; leave out --size")
         if files and self.data:
             raise AfterimageError("give image files or --data, not both")
         for name in ("held_out", "estimate_images"):

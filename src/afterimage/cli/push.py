@@ -57,7 +57,7 @@ class Push:
 
     def run(self) -> None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.to):
-            raise AfterimageError(f"--to {self.to!r:.200} is no name of a repository: write USER/NAME")
+            raise AfterimageError(f"--to {self.to!r:.200} is not a valid repository name: write USER/NAME")
         for one, other, why in (
             ("collection", "output_dir", "nothing is uploaded"),
             ("private", "output_dir", "nothing is uploaded"),

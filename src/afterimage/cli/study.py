@@ -76,7 +76,7 @@ class Study:
     controls: bool = False
     """Also train matched controls (random weights, a perceptual loss), and measure the controls of every run."""
     invert: int | None = None
-    """Number of test images to find every run's measured bound on: the decoder's answer, refined until features fit."""
+    """Number of test images on which every run's measured bound is found, by refining the decoder's reconstructions."""
     estimate_images: int | None = None
     """Number of validation images to learn the best estimates from, instead of the study's own; 0 for no estimates."""
     dry_run: bool = False
@@ -117,7 +117,7 @@ class Study:
             study, name = load_study(self.study), Path(self.study).stem
         study = self._apply_options(study)
         if self.estimate_images and not study.invert:
-            raise AfterimageError("--estimate-images goes with --invert: this study finds no measured bounds")
+            raise AfterimageError("--estimate-images goes with --invert: this study measures no bounds")
         part = StudyShard.parse(self.shard) if self.shard else StudyShard()
         root = self.output_dir or Path("runs") / name
         check_folder(root, "--output-dir", writable=not (self.dry_run or self.list_groups))
@@ -189,10 +189,10 @@ class Study:
         recipe = specified_options(self, "epochs", "batch_size", "loss", "precision")
         rows = []
         for row in study.rows:
-            own = tuple(d for d in row.decoders if not self.decoders or d.name in self.decoders)
-            if own or not row.decoders:  # a row without any wanted decoder is left out
+            decoders = tuple(d for d in row.decoders if not self.decoders or d.name in self.decoders)
+            if decoders or not row.decoders:  # a row without any wanted decoder is left out
                 kept = {key: value for key, value in row.recipe.items() if key not in recipe}
-                rows.append(replace(row, decoders=own, recipe=kept))
+                rows.append(replace(row, decoders=decoders, recipe=kept))
         changed = specified_options(self, "seeds", "weights", "lpips", "invert")
         if self.decoders:
             changed["decoders"] = tuple(map(DecoderConfig, self.decoders))

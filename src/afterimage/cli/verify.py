@@ -38,27 +38,33 @@ class Verify:
         from afterimage.experiments.verify import verify_runs
 
         with Display() as display:
-            verdicts = verify_runs(
+            verifications = verify_runs(
                 runs, weights=self.weights, cache=self.cache, accelerator=self.device, progress=display
             )
-        for verdict in verdicts:
-            worst = ", ".join(f"{name} by {value:.2g}" for name, value in verdict.max_differences.items())
+        for verification in verifications:
+            worst = ", ".join(
+                f"{name} by {value:.2g}" for name, value in verification.max_differences.items()
+            )
             measured = (
-                f": {format_count(verdict.images, 'image')}, scores differ at most: {worst}" if worst else ""
+                f": {format_count(verification.images, 'image')}, scores differ at most: {worst}"
+                if worst
+                else ""
             )
             held = (
-                "holds" if verdict.holds
-                else "DOES NOT HOLD" if verdict.problems
-                else "NOT MEASURED" if verdict.missing
+                "holds" if verification.holds
+                else "DOES NOT HOLD" if verification.problems
+                else "NOT MEASURED" if verification.missing
                 else "not checked"
             )  # fmt: skip
-            lines = [f"{held}  {verdict.run.name}{measured or (verdict.skipped and f': {verdict.skipped}')}"]
-            lines += [f"    {problem}" for problem in (*verdict.problems, *verdict.missing)]
-            lines += [f"    changed: {change}" for change in verdict.changes]
+            lines = [
+                f"{held}  {verification.run.name}{measured or (verification.skipped and f': {verification.skipped}')}"
+            ]
+            lines += [f"    {problem}" for problem in (*verification.problems, *verification.missing)]
+            lines += [f"    changed: {change}" for change in verification.changes]
             print_lines(*lines)
-        hold, fail = sum(v.holds for v in verdicts), sum(bool(v.problems) for v in verdicts)
-        unmeasured = sum(bool(v.missing and not v.problems) for v in verdicts)
+        hold, fail = sum(v.holds for v in verifications), sum(bool(v.problems) for v in verifications)
+        unmeasured = sum(bool(v.missing and not v.problems) for v in verifications)
         told = f", {unmeasured} could not be measured" if unmeasured else ""
-        print_lines(f"{hold} of {len(verdicts)} runs hold, {fail} do not{told}")
+        print_lines(f"{hold} of {len(verifications)} runs hold, {fail} do not{told}")
         if fail or unmeasured:
             raise SystemExit(1 if fail else EXIT_NOT_MEASURED)

@@ -106,7 +106,7 @@ def run_baselines(
     if names is None:
         most = min(data.size)
         names = [name for name in BASELINES if _parse(name)[0] != "thumbnail" or _parse(name)[1] < most]
-    lines = {name: baseline(name) for name in names}
+    functions = {name: baseline(name) for name in names}
     runs = {name: Run.create(root, BaselineConfig(name, data, lpips)) for name in names}
     failed: list[AfterimageError] = []
 
@@ -152,7 +152,7 @@ def run_baselines(
 
                 def measure(which: list[str]) -> None:
                     batches = reconstruct_batches(
-                        lambda images: [lines[name](images) for name in which], loaded.test
+                        lambda images: [functions[name](images) for name in which], loaded.test
                     )
                     results = evaluate_batches(
                         batches, loaded.test.ids, metrics, names=which, progress=progress, keep=keep

@@ -19,7 +19,7 @@ from afterimage.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from afterimage.runtime.terminal import Progress, no_progress
 
 VISIBLE_SUFFIX = "_seen"
-"""Suffix of scores over only those pixels that some location of the features sees."""
+"""Suffix of the columns with scores over the visible region: the pixels in the receptive fields of all locations."""
 
 Box = tuple[tuple[int, int], tuple[int, int]]
 """Part of images as `((top, bottom), (left, right))` in pixels; bottom and right are exclusive."""
@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         rows: one row for each image, in order: `id`, `psnr` in dB, `ssim`, `lpips` (None where unavailable), and
-            `psnr_seen` and so on if only a part of the images is seen
+            `psnr_seen` and so on if the visible region is only a part of the images
         images: the first `keep` images: `(id, original, reconstruction)`, uint8 `(H, W, 3)`
     """
 
@@ -62,7 +62,7 @@ def evaluate(
         device: device of the images; by default the module's, else the CPU
         progress: called with the name of the task, the number of images measured, and the total
         keep: number of images that are returned with their reconstructions, as uint8
-        seen: part of the images on which they are also measured separately; None for no part
+        seen: visible box of the features, within which images are also scored separately; None for whole images only
 
     Raises:
         AfterimageError: as `evaluate_batches`.
@@ -124,7 +124,8 @@ def evaluate_batches(
         names: the method of each reconstruction, for messages
         progress: called with the name of the task, the number of images measured, and the total
         keep: number of images that are returned with their reconstructions, as uint8
-        seen: for each reconstruction, a part of the images on which it is also measured separately; None for no part
+        seen: for each reconstruction, the visible box of its features, within which it is also scored separately; None
+            for whole images only
         ranks: the processes that measure together; each gets all evaluations
 
     Raises:
@@ -141,15 +142,17 @@ def evaluate_batches(
                 break
             indices, images, outputs = batch
             metrics.to(images.device)
-            own = [ids[index] for index in indices.tolist()]
+            batch_ids = [ids[index] for index in indices.tolist()]
             for index, output in enumerate(outputs):
-                _check(output, images, own, names[index] if names else "")
+                _check(output, images, batch_ids, names[index] if names else "")
             kept = sum(index < keep for index in indices.tolist())
             originals, parts = to_uint8(images[:kept]), seen or [None] * len(outputs)
-            scores = score_rows(own, images, outputs, metrics, parts) if own else [[] for _ in outputs]
+            scores = (
+                score_rows(batch_ids, images, outputs, metrics, parts) if batch_ids else [[] for _ in outputs]
+            )
             measured.append([])
             for rows, output in zip(scores, outputs, strict=True):
-                pairs = zip(own[:kept], originals, to_uint8(output[:kept]), strict=True)
+                pairs = zip(batch_ids[:kept], originals, to_uint8(output[:kept]), strict=True)
                 measured[-1].append(Evaluation(rows, list(pairs)))
         done += ranks.batch_offset(len(indices))[1]
         progress("evaluating", done, len(ids))
@@ -220,7 +223,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, 
 
     Args:
         rows: scores, a row for each image
-        suffix: `VISIBLE_SUFFIX` for scores of the part that is seen
+        suffix: `VISIBLE_SUFFIX` for scores over the visible region
 
     Raises:
         AfterimageError: there are no rows, or only some of them have a metric
@@ -238,7 +241,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], suffix: str = "") -> dict[str, 
 
 
 def score_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a note if images came back exactly, since these count as `PSNR_CAP` dB."""
+    """Return a note if images were reconstructed exactly, since these count as `PSNR_CAP` dB."""
     exact = sum(row["psnr"] >= PSNR_CAP for row in rows)
     return [f"{exact} of {len(rows)} images came back exactly and count as {PSNR_CAP:g} dB"] if exact else []
 
@@ -253,9 +256,9 @@ def visibility_notes(
 
     Args:
         features: the sources' `Encoder.describe` entries
-        box: the part of the images that some location of some source sees; None if that is all of them
+        box: the visible region of all sources together; None if it is the whole image
         size: height and width of the images in pixels
-        rows: scores that include those of the part, if they were measured
+        rows: scores that include those over the visible region, if they were measured
     """
     notes = [f"{layer.source}: {layer.unseen}" for layer in features if layer.unseen]
     if box is not None:

@@ -132,11 +132,11 @@ def mean_interval(values: np.ndarray, limits: tuple[float, float] = (-math.inf, 
     return Interval(found.estimate, low, high, found.count, CONFIDENCE)
 
 
-def share_interval(found: np.ndarray) -> Interval:
-    """Compute the share of `True` in `found` with its exact 95 % interval (Clopper and Pearson 1934)."""
+def share_interval(outcomes: np.ndarray) -> Interval:
+    """Compute the share of `True` among `outcomes` with its exact 95 % interval (Clopper and Pearson 1934)."""
     from scipy import stats
 
-    count, total = int(np.sum(found)), len(found)
+    count, total = int(np.sum(outcomes)), len(outcomes)
     ends = stats.binomtest(count, total).proportion_ci(CONFIDENCE, method="exact")
     return Interval(count / total, float(ends.low), float(ends.high), total)
 

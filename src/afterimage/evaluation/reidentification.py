@@ -37,8 +37,8 @@ Compared = dict[str, Float[Tensor, "_ 3 _ _"]]
 
 def prepare_images(images: Images, box: Box | None) -> Compared:
     """Reduce images and, if there is a box, their part in it, and move them to the CPU."""
-    found = {"": downscale(images).cpu()}
-    return found if box is None else found | {VISIBLE_SUFFIX: downscale(crop_to_box(images, box)).cpu()}
+    whole = {"": downscale(images).cpu()}
+    return whole if box is None else whole | {VISIBLE_SUFFIX: downscale(crop_to_box(images, box)).cpu()}
 
 
 def concatenate_batches(batches: Sequence[Compared]) -> Compared:
@@ -60,7 +60,7 @@ class Gallery:
         self._known = {name: embed(originals) for name, embed in self._embeddings().items()}
 
     def _embeddings(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Return the embedding of each distance: it is the squared Euclidean distance of embeddings, up to a factor."""
+        """Return an embedding for each distance: the distance is the squared one of embeddings, up to a factor."""
         embeddings = {"pixels": lambda images: images.flatten(1), "correlation": _standardised}
         return embeddings if self.lpips is None else embeddings | {"lpips": self._perceptual}
 

@@ -88,7 +88,7 @@ class Extraction:
         size = torch.finfo(DTYPES[self.dtype]).bits // 8
         return 3 * math.prod(self.data.size), [size * spec.values for spec in specs]
 
-    def per_shard(self, specs: Sequence[FeatureSpec], images: int) -> int:
+    def images_per_shard(self, specs: Sequence[FeatureSpec], images: int) -> int:
         """Return the number of images in each shard except the last."""
         pixels, features = self.image_bytes(specs)
         return min(images, self.shard_images or max(1, SHARD_BYTES // (pixels + sum(features))))
@@ -113,28 +113,28 @@ class StoreSize:
     shards: int
 
 
-def plan_extraction(wanted: Extraction, path: Path, *, cache: Path | None = None) -> StoreSize:
+def plan_extraction(settings: Extraction, path: Path, *, cache: Path | None = None) -> StoreSize:
     """Compute the size of the store that an extraction would write, without decoding images or loading weights.
 
     Args:
-        wanted: settings of the extraction
+        settings: settings of the extraction
         path: path of the store, as for `extract`
         cache: folder of downloaded images; None for the default
 
     Raises:
         AfterimageError: the file type, a model, a layer or the images cannot be used
     """
-    _check_kind(wanted, path)
-    layers = tuple(layer_info(source, wanted.data.size) for source in wanted.sources)
-    counts = count_images(wanted.data, cache=cache)
-    images = sum(counts.values()) if wanted.split == "all" else counts[wanted.split]
-    pixels, features = wanted.image_bytes(layers)
-    shards = math.ceil(images / wanted.per_shard(layers, images))
+    _check_kind(settings, path)
+    layers = tuple(layer_info(source, settings.data.size) for source in settings.sources)
+    counts = count_images(settings.data, cache=cache)
+    images = sum(counts.values()) if settings.split == "all" else counts[settings.split]
+    pixels, features = settings.image_bytes(layers)
+    shards = math.ceil(images / settings.images_per_shard(layers, images))
     return StoreSize(layers, images, images * pixels, tuple(images * size for size in features), shards)
 
 
 def extract(
-    wanted: Extraction,
+    settings: Extraction,
     path: Path,
     *,
     cache: Path | None = None,
@@ -144,7 +144,7 @@ def extract(
     """Write a feature store shard by shard on one pass through the encoder; existing complete shards are kept.
 
     Args:
-        wanted: settings of the extraction
+        settings: settings of the extraction
         path: path of the store, a `.safetensors`, `.npz` or `.parquet` file; several shards are named after it
         cache, accelerator, progress: as for `queue.train_runs`
 
@@ -155,85 +155,85 @@ def extract(
         AfterimageError: the path already holds something else, a model, a layer, weights or images cannot be used, two
             images have the same id, or features are not finite in the number format; the message names the image
     """
-    _check_kind(wanted, path)
+    _check_kind(settings, path)
     fabric = create_single_device_fabric(accelerator, "32-true")
     encoders = MultiEncoder(
-        wanted.sources, weights=wanted.weights, image_size=wanted.data.size, seed=wanted.seed
+        settings.sources, weights=settings.weights, image_size=settings.data.size, seed=settings.seed
     )
-    data = load_data(wanted.data, cache=cache, progress=progress)
-    parts = [getattr(data, name) for name in (SPLITS if wanted.split == "all" else (wanted.split,))]
+    data = load_data(settings.data, cache=cache, progress=progress)
+    parts = [getattr(data, name) for name in (SPLITS if settings.split == "all" else (settings.split,))]
     ids = [one for part in parts for one in part.ids]
     if doubled := [one for one, count in Counter(ids).items() if count > 1]:
         raise AfterimageError(
             f"{len(doubled)} ids name two images, for example {printable_path(doubled[0])}, once from "
-            f"{wanted.data.source} and "
-            f"once from {wanted.data.test}: extract them with --split into two stores, or rename the images"
+            f"{settings.data.source} and "
+            f"once from {settings.data.test}: extract them with --split into two stores, or rename the images"
         )
     (network,) = (encoder.network for encoder in encoders.encoders)
     facts = StoreMetadata(
         model=network.name,
         features=tuple(encoders.describe()),
         used=encoders.weights_of(encoders.sources)[0],
-        weights=wanted.weights,
-        seed=wanted.seed,
+        weights=settings.weights,
+        seed=settings.seed,
         mean=tuple(network.mean),
         std=tuple(network.std),
-        data=wanted.data,
+        data=settings.data,
         data_digest=data.digest,
-        split=wanted.split,
+        split=settings.split,
         images=len(ids),
-        dtype=wanted.dtype,
+        dtype=settings.dtype,
         remarks=tuple(encoders.notes_of(encoders.sources)),
     )
-    writer = StoreWriter(path, facts, wanted.per_shard(encoders.specs, len(ids)))
-    recipe = RecipeConfig(batch_size=wanted.batch_size)
+    writer = StoreWriter(path, facts, settings.images_per_shard(encoders.specs, len(ids)))
+    recipe = RecipeConfig(batch_size=settings.batch_size)
     context = RunContext(progress=progress)
     loader = FeatureLoader(
-        encoders.to(fabric.device), data, recipe, fabric, seed=wanted.seed, context=context
+        encoders.to(fabric.device), data, recipe, fabric, seed=settings.seed, context=context
     )
     missing = writer.missing()
     done = len(ids) - sum(map(len, missing.values()))
     if done:
         progress(f"{done:,} of {len(ids):,} images are there", 1, 1)
     for name, rows in missing.items():
-        writer.write(name, [ids[row] for row in rows], _shard(loader, parts, rows, wanted, done, len(ids)))
+        writer.write(name, [ids[row] for row in rows], _shard(loader, parts, rows, settings, done, len(ids)))
         done += len(rows)
     return facts
 
 
-def _check_kind(wanted: Extraction, path: Path) -> None:
+def _check_kind(settings: Extraction, path: Path) -> None:
     if path.suffix not in WRITERS:
         raise unknown_choice_error("kind of store", path.suffix or path.name, WRITERS)
-    if wanted.dtype == "bfloat16" and path.suffix != ".safetensors":
+    if settings.dtype == "bfloat16" and path.suffix != ".safetensors":
         raise AfterimageError(
             f"{printable_path(path)}: bfloat16 goes into .safetensors; {path.suffix} has float32 or float16"
         )
 
 
 def _shard(
-    loader: FeatureLoader, parts: Sequence[ImageSet], rows: range, wanted: Extraction, done: int, total: int
+    loader: FeatureLoader, parts: Sequence[ImageSet], rows: range, settings: Extraction, done: int, total: int
 ) -> dict[str, Tensor]:
     """Return the images of the given rows, uint8, and their features in each layer, by name."""
-    dtype, specs = DTYPES[wanted.dtype], loader.encoders.specs
-    pixels = torch.empty(len(rows), 3, *wanted.data.size, dtype=torch.uint8)
+    dtype, specs = DTYPES[settings.dtype], loader.encoders.specs
+    pixels = torch.empty(len(rows), 3, *settings.data.size, dtype=torch.uint8)
     features = [torch.empty(len(rows), *spec.shape, dtype=dtype) for spec in specs]
-    place = 0
+    position = 0
     for part, indices in _indices(parts, rows):
         for chunk, images, maps in loader.batches(part, indices):
-            own = slice(place, place + len(chunk))
-            loader.watch.check("the extraction", range(len(specs)))
-            pixels[own] = images.mul(255).round().to(torch.uint8).cpu()
-            for spec, kept, found in zip(specs, features, maps, strict=True):
-                kept[own] = found
-                if not (finite := kept[own].flatten(1).isfinite().all(1)).all():
+            chunk_rows = slice(position, position + len(chunk))
+            loader.non_finite_check.check("the extraction", range(len(specs)))
+            pixels[chunk_rows] = images.mul(255).round().to(torch.uint8).cpu()
+            for spec, stored, found in zip(specs, features, maps, strict=True):
+                stored[chunk_rows] = found
+                if not (finite := stored[chunk_rows].flatten(1).isfinite().all(1)).all():
                     image = part.ids[int(chunk[int(finite.logical_not().nonzero()[0])])]
                     raise AfterimageError(
-                        f"the features of {spec.source} go beyond {wanted.dtype}'s largest number for image "
+                        f"the features of {spec.source} go beyond {settings.dtype}'s largest number for image "
                         f"{printable_path(image)}: take --dtype bfloat16 or float32"
                     )
-            place += len(chunk)
-            loader.context.progress("extracting", done + place, total)
-    return {IMAGES: pixels, **{spec.layer: kept for spec, kept in zip(specs, features, strict=True)}}
+            position += len(chunk)
+            loader.context.progress("extracting", done + position, total)
+    return {IMAGES: pixels, **{spec.layer: stored for spec, stored in zip(specs, features, strict=True)}}
 
 
 def _indices(parts: Sequence[ImageSet], rows: range) -> Iterator[tuple[ImageSet, Tensor]]:

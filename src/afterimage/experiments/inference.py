@@ -163,7 +163,7 @@ def evaluate_run(
         test: source of the test images; None for the run's own
         weights: file or folder of the encoders' weights; None for the run's own setting
         cache, progress: as for `queue.train_runs`
-        seen: part of the images on which they are also measured separately; None for no part
+        seen: visible box of the features, within which images are also scored separately; None for whole images only
         device: device of the computations
 
     Raises:

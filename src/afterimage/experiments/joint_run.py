@@ -90,7 +90,7 @@ class JointRun:
     Args:
         runs: folder and configuration of each run
         load_images: function that returns the images of all runs; it is called once encoders and decoders are built, so
-            that a wrong layer or option is told before any image is read
+            that a wrong layer or option is reported before any image is read
         context: the context of training; collects failures and finished runs
         accelerator: `cpu`, `cuda`, `mps` or `auto`
         keep: number of test images that each run stores with their reconstructions
@@ -219,8 +219,8 @@ class JointRun:
                 self.context.check_shutdown()
                 outputs = [decoder.reconstruct(features) for decoder in decoders]
                 with self.fabric.autocast():
-                    for decoder, own in maps.items():
-                        own.add(decoder.select_features(features))
+                    for decoder, weight_maps in maps.items():
+                        weight_maps.add(decoder.select_features(features))
                 yield indices, images, outputs
 
         with self.ranks.raise_on_all_ranks():
@@ -231,19 +231,19 @@ class JointRun:
                 names=[decoder.run.name for decoder in decoders],
                 progress=self.context.progress,
                 keep=self.keep,
-                seen=[self._seen(decoder) for decoder in decoders],
+                seen=[self._visible_box(decoder) for decoder in decoders],
                 ranks=self.ranks,
             )
-            for own in maps.values():
-                own.gather(self.ranks)
+            for weight_maps in maps.values():
+                weight_maps.gather(self.ranks)
         for decoder, result in zip(decoders, results, strict=True):
             with self.context.isolate(decoder.run):
                 if self.ranks.is_main_process:
                     self._write(decoder, result, maps.get(decoder))
             self.context.measured.add(decoder.run)
 
-    def _seen(self, decoder: DecoderTrainer) -> Box | None:
-        """Return the part of images that a decoder's sources see; None if they see all of it."""
+    def _visible_box(self, decoder: DecoderTrainer) -> Box | None:
+        """Return the visible region of a decoder's sources together; None if it is the whole image."""
         return visible_box([self.encoders.specs[i] for i in decoder.feature_indices], self.first.data.size)
 
     def _write(self, decoder: DecoderTrainer, result: Evaluation, maps: WeightMaps | None) -> None:
@@ -252,7 +252,7 @@ class JointRun:
         features = tuple(layers[i] for i in decoder.feature_indices)
         sources = [self.encoders.sources[i] for i in decoder.feature_indices]
         weights = self.encoders.weights_of(sources)
-        size, box = self.first.data.size, self._seen(decoder)
+        size, box = self.first.data.size, self._visible_box(decoder)
         notes = [*decoder.notes]
         if code := decoder.identity.get("code"):
             notes.append(f"{config.decoder.name} has the SHA-256 {code}")
@@ -271,7 +271,7 @@ class JointRun:
             decoder_sha256=sha256(decoder.run.file("decoder.safetensors")),
             settings_sha256=config.digest,
         )
-        found = Result(
+        record = Result(
             kind="decoder",
             label=f"{' + '.join(config.sources)} · {config.decoder.name}",
             config=config,
@@ -287,7 +287,7 @@ class JointRun:
             notes=(*notes, *score_notes(result.rows)),
         )
         self.context.check_lock(decoder.run)
-        decoder.run.save_result(found, result.images, () if maps is None else maps.images)
+        decoder.run.save_result(record, result.images, () if maps is None else maps.images)
         if not decoder.failed:
             decoder.run.set_state("done")
             remove_checkpoint(decoder.run)

@@ -67,7 +67,7 @@ class LivePage:
             )
             with gr.Row():
                 with gr.Column(scale=1, min_width=300):
-                    pick = _pick("Your image", "image")
+                    pick = _image_picker("Your image", "image")
                     with gr.Accordion("Send less of the features", open=True):
                         sliders = {name: _slider(name) for name in ("noise", "bits", "top", "pca")}
                     with gr.Accordion("Change chosen values", open=False):
@@ -81,12 +81,14 @@ class LivePage:
                         sliders["channel"] = _slider("channel", maximum=most)
                         for name in ("left", "right", "top_edge", "bottom"):
                             sliders[name] = _slider(name)
-                        other = _pick("Second image", "second")
+                        other = _image_picker("Second image", "second")
                 with gr.Column(scale=3, min_width=320):
                     cards = gr.HTML(WAITING, elem_id="cards")
                     with gr.Row(elem_id="refining"):
                         labels = [(f"{one.title} · {one.label}", i) for i, one in enumerate(self.decoders)]
-                        which = gr.Dropdown(labels, value=0, label="Refine the answer of", elem_id="which")
+                        which = gr.Dropdown(
+                            labels, value=0, label="Refine the reconstruction of", elem_id="which"
+                        )
                         least, usual, most = STEPS
                         steps = gr.Slider(least, most, usual, step=8, label="Passes", elem_id="steps")
                         start = gr.Button("Refine", variant="primary", elem_id="refine", min_width=110)
@@ -130,11 +132,11 @@ class LivePage:
 
             for chooser in (pick, other):
                 light = {"api_visibility": "private", "show_progress": "hidden"}
-                chosen = chooser.gallery.select(
+                picked = chooser.gallery.select(
                     self._on_example, None, [chooser.name, chooser.upload], **light
                 )
-                brought = chooser.upload.input(self._on_upload, [chooser.upload], chooser.name, **light)
-                for event in (chosen, brought):
+                uploaded = chooser.upload.input(self._on_upload, [chooser.upload], chooser.name, **light)
+                for event in (picked, uploaded):
                     follow(event.then(**show, cancels=[refining], show_progress="minimal"))
             moved = [slider.input for slider in sliders.values()]
             follow(
@@ -231,7 +233,7 @@ class _ImagePicker(NamedTuple):
     name: gr.State
 
 
-def _pick(label: str, name: str) -> _ImagePicker:
+def _image_picker(label: str, name: str) -> _ImagePicker:
     upload = gr.Image(
         label=label,
         sources=["upload", "webcam", "clipboard"],
@@ -294,10 +296,10 @@ def _template() -> Template:
 
 def cards_html(views: Sequence[LiveView], state: LiveState) -> str:
     """Return HTML with a card for the original and one for each decoder's view."""
-    place = {"left": state.left, "top": state.top_edge}
-    place |= {"width": max(0, state.right - state.left), "height": max(0, state.bottom - state.top_edge)}
-    whole = place == {"left": 0, "top": 0, "width": 100, "height": 100}
-    box = None if state.change == "none" or whole else place
+    region = {"left": state.left, "top": state.top_edge}
+    region |= {"width": max(0, state.right - state.left), "height": max(0, state.bottom - state.top_edge)}
+    whole = region == {"left": 0, "top": 0, "width": 100, "height": 100}
+    box = None if state.change == "none" or whole else region
     return _template().render(views=views, box=box, heat=100 * HEATMAP_MAX, refined=None, metrics=METRICS)
 
 

@@ -126,8 +126,8 @@ class LiveState:
         rows = _inside(spec.rows, spec.height, size[0], self.top_edge, self.bottom)
         columns = _inside(spec.columns, spec.width, size[1], self.left, self.right)
         channels = torch.arange(spec.channels)
-        mine = channels >= 0 if self.channel < 0 else channels == self.channel
-        return mine[:, None, None] & rows[:, None] & columns
+        in_channel = channels >= 0 if self.channel < 0 else channels == self.channel
+        return in_channel[:, None, None] & rows[:, None] & columns
 
 
 def _inside(axis: Axis | None, count: int, pixels: int, low: int, high: int) -> Tensor:

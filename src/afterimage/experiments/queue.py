@@ -202,7 +202,7 @@ class RunQueue:
         if not lock.acquire():
             if run not in self.running_elsewhere:
                 self.running_elsewhere.add(run)
-                self.log(f"{run.name} is left to {lock.holder or 'another process'}, which is at it")
+                self.log(f"{run.name} is left to {lock.holder or 'another process'}, which is training it")
             return False
         # Another process may have ended the run just now; a run that failed there would fail here too.
         state = run.state
@@ -322,15 +322,17 @@ class _Worker:
                 raise
             error = caught
         clear_error_frames(error)
-        left = {run: config for run, config in mine.items() if run not in context.ended_runs}
-        rows = list(dict.fromkeys(config.sources for config in left.values()))
+        remaining = {run: config for run, config in mine.items() if run not in context.ended_runs}
+        rows = list(dict.fromkeys(config.sources for config in remaining.values()))
         if len(rows) < 2:
-            self.queue.fail(left, error)
+            self.queue.fail(remaining, error)
             return
-        self.queue.log(f"the encoders of {len(rows)} rows failed together: half of the rows are tried")
+        self.queue.log(
+            f"the encoders of {len(rows)} rows failed: half of the rows are tried first, then the others"
+        )
         first = rows[: len(rows) // 2]
-        for own in (True, False):
-            half = {run: config for run, config in left.items() if (config.sources in first) is own}
+        for in_first in (True, False):
+            half = {run: config for run, config in remaining.items() if (config.sources in first) is in_first}
             self._together(half, load_images, context)
 
     def _data(self, config: DataConfig, stop: GracefulShutdown) -> Data:

@@ -99,8 +99,8 @@ def expand_study(
             try:
                 queue.check_weights(models, weights)
             except AfterimageError as error:
-                told = f"going on with {study.missing_weights.upper()} weights ({error})"
-                progress(f"WARNING: no pretrained weights for {' + '.join(models)}: {told}", 1, 1)
+                note = f"going on with {study.missing_weights.upper()} weights ({error})"
+                progress(f"WARNING: no pretrained weights for {' + '.join(models)}: {note}", 1, 1)
                 return study.missing_weights
         return weights
 

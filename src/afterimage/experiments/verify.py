@@ -92,36 +92,36 @@ def verify_runs(
         cache, accelerator, progress: as for `queue.train_runs`
 
     Returns:
-        one verdict for each run, in order
+        one verification for each run, in order
     """
     load = functools.cache(functools.partial(_load, cache=cache, progress=progress))
-    verdicts = [Verification(run) for run in runs]
-    for verdict in verdicts:
-        progress(f"verifying {verdict.run.name}", 1, 1)
+    verifications = [Verification(run) for run in runs]
+    for verification in verifications:
+        progress(f"verifying {verification.run.name}", 1, 1)
         try:
-            _verify(verdict, load, weights, accelerator, progress)
+            _verify(verification, load, weights, accelerator, progress)
         except _CannotMeasure as error:
-            verdict.missing.append(str(error))
+            verification.missing.append(str(error))
         except AfterimageError as error:
-            verdict.problems.append(str(error))
-        if verdict.problems:
-            verdict.changes += _versions(verdict.run)
-    return verdicts
+            verification.problems.append(str(error))
+        if verification.problems:
+            verification.changes += _versions(verification.run)
+    return verifications
 
 
 def _verify(
-    verdict: Verification,
+    verification: Verification,
     load: Callable[[DataConfig], tuple[ImageSet, Data | None, Sequence[str]]],
     weights: str | None,
     accelerator: str,
     progress: Progress,
 ) -> None:
-    run, changes = verdict.run, verdict.changes
+    run, changes = verification.run, verification.changes
     if run.state != "done":
         raise _CannotMeasure(f"it is not finished (state: {run.state})")
     result = run.result
     if result.kind not in ("decoder", "baseline"):
-        verdict.skipped = f"rows of kind {result.kind} are not measured again"
+        verification.skipped = f"rows of kind {result.kind} are not measured again"
         return
     # The files of the run
     config, decoder = result.config, run.file("decoder.safetensors")
@@ -170,7 +170,7 @@ def _verify(
         reconstruct = make_reconstruct_function(config.recipe.precision, run, weights=weights, device=device)
         options = {"batch_size": config.recipe.batch_size, "device": device, "progress": progress}
         found = evaluate(reconstruct, test, metrics, **options)
-    _compare(verdict, result.per_image, found.rows)
+    _compare(verification, result.per_image, found.rows)
 
 
 def _load(
@@ -190,21 +190,25 @@ def _load(
     return test, None, notes
 
 
-def _compare(verdict: Verification, stored: Sequence[Mapping[str, Any]], rows: list[dict[str, Any]]) -> None:
-    """Add the largest difference of each metric to a verdict, and metrics that do not agree or are not available."""
-    verdict.images = len(rows)
+def _compare(
+    verification: Verification, stored: Sequence[Mapping[str, Any]], rows: list[dict[str, Any]]
+) -> None:
+    """Add to a verification each metric's largest difference, and metrics that do not agree or are not available."""
+    verification.images = len(rows)
     for name in METRICS:
         pairs = [(before.get(name), now[name], now["id"]) for before, now in zip(stored, rows, strict=True)]
         if all(before is None for before, _, _ in pairs):
             continue
         if any(now is None for _, now, _ in pairs):
-            verdict.missing.append(f"{name} cannot be measured here")
+            verification.missing.append(f"{name} cannot be measured here")
             continue
         difference, image = max((abs(now - before), identity) for before, now, identity in pairs)
-        verdict.max_differences[name] = difference
+        verification.max_differences[name] = difference
         if not difference <= TOLERANCE[name]:
             limit = f"{TOLERANCE[name]:g}"
-            verdict.problems.append(f"{name} differs by up to {difference:.3g} (image {image}), over {limit}")
+            verification.problems.append(
+                f"{name} differs by up to {difference:.3g} (image {image}), over {limit}"
+            )
 
 
 def _versions(run: Run) -> list[str]:

@@ -36,8 +36,8 @@ CHECKPOINT_ATTRIBUTES = (
 flips are functions of seed, epoch and image, which a test checks for every decoder.
 """
 SINGLE_VALUE_NOTE = (
-    "batch norm met a single value a channel (one image on 1x1 maps) and normalised it by its running statistics, "
-    "which it left as they were"
+    "a batch had a single value per channel (one image on 1x1 maps): batch norm normalised it by its running "
+    "statistics, which it left as they were"
 )
 
 
@@ -163,7 +163,7 @@ class DecoderTrainer:
         return self._without_gradients(work)
 
     def end_epoch(self, validation_loss: float) -> None:
-        """Record an epoch in the history, keep the decoder if it is the best, step the scheduler, save a checkpoint.
+        """Record an epoch in the history, store the weights if they are best, step the scheduler, save a checkpoint.
 
         Raises:
             AfterimageError: the training or the validation loss is not finite
@@ -277,12 +277,12 @@ class DecoderTrainer:
             setattr(self, name, facts[name])
         if (before := facts.get("ranks", 1)) != self.context.ranks.world_size:
             self.notes.append(
-                f"went on with {self.context.ranks.world_size} instead of {before} processes in epoch "
+                f"resumed with {self.context.ranks.world_size} instead of {before} processes in epoch "
                 f"{self.epoch + 1}, which rounds sums in another order"
             )
         if facts["torch"] != torch.__version__:
             self.notes.append(
-                f"went on under PyTorch {torch.__version__} after {facts['torch']} in epoch {self.epoch + 1}"
+                f"resumed under PyTorch {torch.__version__} after {facts['torch']} in epoch {self.epoch + 1}"
             )
         self.restored = True
 

@@ -144,7 +144,7 @@ class FeatureLoader:
     ) -> None:
         self.encoders, self.data, self.recipe, self.fabric, self.seed = encoders, data, recipe, fabric, seed
         self.context = context or RunContext()
-        self.watch = NonFiniteCheck(encoders.sources)
+        self.non_finite_check = NonFiniteCheck(encoders.sources)
         self._encoder_batch = recipe.batch_size
         self._validation: list[Batch] | None = None
         self._validation_fits = True
@@ -174,7 +174,7 @@ class FeatureLoader:
             else:
                 kept.clear()
             yield indices, images, features
-        # Parts differ in size. Ranks that kept theirs would leave out the messages of those that encode again.
+        # Parts differ in size. All ranks keep theirs or none does, since encoding again communicates.
         self._validation_fits = all(self.context.ranks.gather(self._validation_fits))
         if self._validation_fits:
             self._validation = kept
@@ -207,9 +207,9 @@ class FeatureLoader:
                             check_images(images, ids)
                     with self.context.section("encoder"):
                         features = self.encode_batch(image_set, chunk, images, **crop)
-                        self.watch.update(features, ids)
+                        self.non_finite_check.update(features, ids)
                 yield chunk, images, features
-        self.watch.flush()
+        self.non_finite_check.flush()
 
     def _rank_chunks(self, indices: Tensor) -> Iterator[Tensor]:
         """Yield this rank's part of every batch."""
@@ -242,7 +242,7 @@ class FeatureLoader:
 
 
 def check_frozen(encoders: nn.Module) -> None:
-    """Raise an `AfterimageError` for a module in training mode or a parameter that takes gradients."""
+    """Raise an `AfterimageError` for a module in training mode or a parameter that requires gradients."""
     for name, module in encoders.named_modules():
         container = module is encoders or isinstance(module, nn.ModuleList)
         if module.training and not container:
@@ -252,7 +252,9 @@ def check_frozen(encoders: nn.Module) -> None:
             )
     for name, parameter in encoders.named_parameters():
         if parameter.requires_grad:
-            raise AfterimageError(f"the encoder's parameter {name} takes gradients, but encoders stay frozen")
+            raise AfterimageError(
+                f"the encoder's parameter {name} requires gradients, but encoders are frozen"
+            )
 
 
 def check_images(images: Tensor, ids: Sequence[str]) -> None:
@@ -262,7 +264,7 @@ def check_images(images: Tensor, ids: Sequence[str]) -> None:
 
 
 class NonFiniteCheck:
-    """Record of feature maps with values that are not finite: for each source, the first image with such values.
+    """Detector of non-finite features: it records, for each source, the first image whose feature map is not finite.
 
     On a CPU feature maps are examined at once, on other devices when `flush` is called, so that steps need not wait.
 

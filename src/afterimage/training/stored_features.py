@@ -119,7 +119,11 @@ class StoredEncoders(FeatureSource):
 
     def _encoder(self) -> str:
         facts = self.store.facts
-        return ", which nobody has named" if facts is None else f" {facts.model}: --weights {facts.weights}"
+        return (
+            ", which is not recorded in the store"
+            if facts is None
+            else f" {facts.model}: --weights {facts.weights}"
+        )
 
     def check(self, data: Data) -> None:
         """Raise an `AfterimageError` unless the store has features of every image's pixels; note unused images.
@@ -130,10 +134,10 @@ class StoredEncoders(FeatureSource):
         facts = store.facts
         resize = config.resize if facts is None else facts.data.resize
         if (resize, store.image_size) != (config.resize, config.size):
-            told, now = size_text(store.image_size), size_text(config.size)
+            stored, now = size_text(store.image_size), size_text(config.size)
             raise AfterimageError(
-                f"{name}: features are of images of {told} pixels, resized to {resize} before, but those of this run "
-                f"have {now}, resized to {config.resize} before: give --size {told} --resize {resize}"
+                f"{name}: features are of images of {stored} pixels, resized to {resize} before, but those of this run "
+                f"have {now}, resized to {config.resize} before: give --size {stored} --resize {resize}"
             )
         content = dict(zip(store.ids, store.content_digests, strict=True)) if store.has_ids else {}
         used: set[str] = set()
@@ -145,8 +149,8 @@ class StoredEncoders(FeatureSource):
                     f"{printable_path(missing[0])}: extract them too"
                 )
             used.update(part.ids)
-            looked_at = np.arange(min(len(part), BATCH) if part.streamed else len(part))
-            chunks = np.split(looked_at, range(BATCH, len(looked_at), BATCH))
+            checked = np.arange(min(len(part), BATCH) if part.streamed else len(part))
+            chunks = np.split(checked, range(BATCH, len(checked), BATCH))
             for chunk, images in zip(chunks, part.batches(chunks), strict=True):
                 for i, found in zip(chunk, _contents(images), strict=True):
                     one = part.ids[i]

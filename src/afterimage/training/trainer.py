@@ -233,8 +233,8 @@ class Trainer:
                     if not decoder.failed and (held_out or view < views[decoder]):
                         with self.context.isolate(decoder.run):
                             self.check_features(decoder)
-                            own = decoder.select_features(features)
-                            decoder.model.partial_fit(part, own, images, validation=held_out)
+                            selected = decoder.select_features(features)
+                            decoder.model.partial_fit(part, selected, images, validation=held_out)
                 done += self.context.ranks.batch_offset(len(images))[1]
                 self.context.progress("fitting in closed form", done, total)
                 self.context.check_shutdown()
@@ -256,7 +256,7 @@ class Trainer:
 
     def check_features(self, decoder: DecoderTrainer) -> None:
         """Raise an `AfterimageError` if a feature map of a decoder has had a value that is not finite."""
-        self.loader.watch.check(decoder.name, decoder.feature_indices)
+        self.loader.non_finite_check.check(decoder.name, decoder.feature_indices)
 
     def save(self, decoders: Sequence[DecoderTrainer]) -> None:
         """Write a checkpoint of every decoder that has not failed."""
@@ -301,12 +301,12 @@ def training_step(
             raises it, so that steps need not wait for the device
     """
     batch_size = len(images) if batch_size is None else batch_size
-    own = decoder.select_features(features)
+    selected = decoder.select_features(features)
     # Crops depend only on the position in the run, so that a resumed run draws the same ones.
     generator = torch.Generator().manual_seed((decoder.epoch << 32) + decoder.position)
     feature_crops = decoder.model.decoder.feature_crops(generator)
     for number, crop in enumerate(feature_crops):
-        loss = _optimizer_step(decoder, own, images, batch_size, crop)
+        loss = _optimizer_step(decoder, selected, images, batch_size, crop)
         decoder.total_loss += loss / len(feature_crops)
         decoder.between_steps = number == len(feature_crops) - 1
     decoder.note_single_values()

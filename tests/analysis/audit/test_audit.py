@@ -164,7 +164,7 @@ def test_more_images_of_their_own_help_an_attacker(cache, tmp_path):
     results, _ = audited(config, tmp_path, cache)
     few, many = (row.scores["psnr"] for row in results.rows)
     assert few.estimate < many.estimate
-    assert "an attacker with 4000 images was left out: there are 150 to own" in results.notes
+    assert "an attacker with 4000 images was left out: the source has only 150 images" in results.notes
 
 
 def test_an_attacker_with_other_images(cache, tmp_path):

@@ -126,11 +126,11 @@ def test_attackers_that_raise_end_themselves_alone(whole, cache, tmp_path, monke
 class Broken(PCA):
     """Principal components that raise where their class says."""
 
-    when = "learn"
+    when = "measure_statistics"
     seen = False
 
     def measure_statistics(self, maps):
-        if self.when == "learn":
+        if self.when == "measure_statistics":
             raise BUG
         super().measure_statistics(maps)
 

@@ -1,4 +1,4 @@
-"""Improve a decoder's answers: refine them with the encoder's weights, and correct them to best estimates."""
+"""Improve attackers' reconstructions: refine them with the encoder's weights, and compute best estimates from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refine_and_estimate(
     """Improve a trained decoder's reconstructions of test images, and save the measurements.
 
     In the white-box threat model, each image is refined until its features match those that were sent. The
-    decoder's errors are learned from the first half of the attacker's validation images, at most `HELD_OUT`.
+    decoder's errors are learned from the first half of the attacker's validation images, at most `MAX_ERROR_IMAGES`.
     The objective applies the defence without its noise, which the attacker does not know. The best estimate
     is learned from the other validation images, decoded and refined in the same way, or from all of them
     without the encoder's weights, since then no images are needed for the decoder's errors.
@@ -45,42 +45,42 @@ def refine_and_estimate(
     Args:
         loader: loader of the features that are sent, whose context is that of the attackers
         decoder: the trained decoder
-        conditions: conditions that differ only in the answer, `refined` or `best estimate`
+        conditions: conditions that differ only in the kind of reconstruction, `refined` or `best estimate`
     """
     session, first = loader.context.session, conditions[0]
     attackers, white_box = session.config.attackers, first.threat_model == WHITE_BOX
     if white_box and not loader.encoders.defences[decoder.feature_indices[0]].preserves_positions:
         session.note(
-            f"{first.layer}, {first.defence}: not refined, since a shuffled order leaves nothing to compare "
-            "features with place by place; an attacker may find a way"
+            f"{first.layer}, {first.defence}: not refined, because shuffled features cannot be compared "
+            "location by location; an attacker may find a way"
         )
         session.results.unmeasured.add((first.layer, first.defence))
         return
     with session.catch_failure(first.label, conditions):
         for condition in conditions:
             session.create_folder(condition)
-        started, told = time.monotonic(), f"decoded by {first.decoder}"
+        started, note = time.monotonic(), f"decoded by {first.decoder}"
         attack, count = _Attack(loader, decoder), len(loader.data.test)
         if white_box:
             attack.start_refining(attackers.refine_steps)
             count = min(attackers.refine_images, count)
-            told += f", then refined for {attackers.refine_steps} steps"
-        notes = {REFINED: told}
+            note += f", then refined for {attackers.refine_steps} steps"
+        notes = {REFINED: note}
         if any(condition.answer == ESTIMATE for condition in conditions):
-            wanted, own = attackers.estimate.images, len(loader.data.validation)
-            taught = tuning_image_indices(own, wanted) if white_box else range(min(wanted, own))
-            attack.train_corrector(taught, attackers.estimate)
-            images = format_count(len(taught), "image")
-            notes[ESTIMATE] = f"{told}, then corrected by what {images} of the attacker's own taught"
-        found = attack.measure(conditions, count)
+            wanted, available = attackers.estimate.images, len(loader.data.validation)
+            indices = tuning_image_indices(available, wanted) if white_box else range(min(wanted, available))
+            attack.train_corrector(indices, attackers.estimate)
+            images = format_count(len(indices), "image")
+            notes[ESTIMATE] = f"{note}, then corrected by what {images} of the attacker's own taught"
+        measured = attack.measure(conditions, count)
         seconds = time.monotonic() - started
         for condition in conditions:
             answer = condition.answer
-            session.save(condition, *found[answer], seconds=seconds, notes=[notes[answer]])
+            session.save(condition, *measured[answer], seconds=seconds, notes=[notes[answer]])
 
 
 class _Attack:
-    """The steps that follow a decoder's answer: refined images, if the attacker has the weights, and best estimates."""
+    """Steps after a decoder's reconstruction: refined images, if the attacker has the weights, and best estimates."""
 
     def __init__(self, loader: FeatureLoader, decoder: DecoderTrainer) -> None:
         self.loader, self.decoder, self.session = loader, decoder, loader.context.session
@@ -111,9 +111,9 @@ class _Attack:
             yield images - decoded, [a - b for a, b in maps]
 
     def train_corrector(self, chosen: range, config: EstimateConfig) -> None:
-        """Learn to correct from the attacker's validation images at the indices `chosen`."""
+        """Train the corrector on the attacker's validation images at the indices `chosen`."""
         groups, loader, progress = [], self.loader, self.loader.context.progress
-        for group in self._answers(loader.data.validation, chosen):
+        for group in self._reconstructions(loader.data.validation, chosen):
             groups.append([part.cpu() for part in group])
             done = sum(len(images) for images, *_ in groups)
             progress("attacking own images, to learn from", done, len(chosen))
@@ -124,11 +124,11 @@ class _Attack:
     def measure(
         self, conditions: Sequence[AuditCondition], count: int
     ) -> dict[str, tuple[list[dict[str, Any]], list[tuple[str, Any, Any]], Compared]]:
-        """Attack the first `count` test images; return rows, images and reconstructions of each answer to save."""
+        """Attack the first `count` test images; return rows, images and reconstructions of each kind to save."""
         session, test, done = self.session, self.loader.data.test, 0
         box, answers = session.target.box(conditions[0].layer), [c.answer for c in conditions]
         rows, images, small = ({answer: [] for answer in answers} for _ in range(3))
-        for originals, decoded, refined in self._answers(test, range(count)):
+        for originals, decoded, refined in self._reconstructions(test, range(count)):
             ids = test.ids[done : done + len(originals)]
             done += len(originals)
             for answer in answers:
@@ -144,7 +144,7 @@ class _Attack:
             answer: (rows[answer], images[answer], concatenate_batches(small[answer])) for answer in answers
         }
 
-    def _answers(self, image_set: ImageSet, chosen: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _reconstructions(self, image_set: ImageSet, chosen: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield batches of the images at the indices `chosen`, decoded images and refined images."""
         left = len(chosen)
         for _, images, sent in self.loader.batches(image_set, torch.arange(chosen.start, len(image_set))):

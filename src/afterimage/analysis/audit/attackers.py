@@ -1,4 +1,4 @@
-"""Attackers: they know the defence, own some images, and train a decoder on the features that are sent.
+"""Attackers: each knows the defence, owns some images, and trains a decoder on defended features of these images.
 
 All attackers of one layer who own the same images are trained on one pass through the encoder.
 """
@@ -92,7 +92,7 @@ class DefendedFeatureLoader(FeatureLoader):
 
 @dataclass(kw_only=True)
 class AttackContext(RunContext):
-    """Run context of attackers trained together: a failed one is recorded, and the others go on."""
+    """Run context of attackers trained together: a failed one is recorded, and the others continue."""
 
     session: AuditSession
     conditions: dict[Run, AuditCondition] = field(default_factory=dict)
@@ -122,18 +122,18 @@ def attack_layer(
         conditions: the conditions
     """
 
-    def own(texts: Sequence[str]) -> list[AuditCondition]:
+    def conditions_of(texts: Sequence[str]) -> list[AuditCondition]:
         return [condition for condition in conditions if condition.defence in texts]
 
     def attack(texts: list[str]) -> None:
         source = session.target.specs[layer].source
         sent = DefendedFeatures(source, [defences[text] for text in texts], encoder)
-        _attack(session, sent, data, [one for one in own(texts) if not session.is_done(one)])
+        _attack(session, sent, data, [one for one in conditions_of(texts) if not session.is_done(one)])
 
     run_all_or_each(
         attack,
         list(defences),
-        lambda text, error: session.record_failure(f"{layer}, {text}", error, own([text])),
+        lambda text, error: session.record_failure(f"{layer}, {text}", error, conditions_of([text])),
     )
 
 
@@ -163,11 +163,11 @@ def _attack(
     for (defence, name), decoder in decoders.items():
         for model in session.config.attackers.threat_models if decoder.best and not decoder.failed else ():
             asked = (defence, name, model)
-            own = [
+            improved = [
                 c for c in missing if (c.defence, c.decoder, c.threat_model) == asked and c.answer != DECODED
             ]
-            if own:
-                refine_and_estimate(loader, decoder, own)
+            if improved:
+                refine_and_estimate(loader, decoder, improved)
 
 
 def _train(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) -> None:
@@ -190,7 +190,7 @@ def _train(loader: DefendedFeatureLoader, decoders: Sequence[DecoderTrainer]) ->
             decoder.save_best()
 
     run_all_or_each(
-        lambda sound: _measure(loader, sound),
+        lambda finished: _measure(loader, finished),
         [d for d in fresh if d.best and not d.failed],
         lambda decoder, error: context.fail(decoder.run, error),
     )
@@ -237,19 +237,19 @@ def attacker_data(data: Data, pool: Data, count: int | str, seed: int) -> Data |
         AfterimageError: the pool holds a test image
     """
     own = pool.train.concat(pool.validation)
-    places = shared_indices(own, data.test)
-    if len(places):
+    shared = shared_indices(own, data.test)
+    if len(shared):
         raise AfterimageError(
-            f"the attacker's own images hold {format_count(len(places), 'test image')}, for example "
-            f"{own.ids[places[0]]}: take them out"
+            f"the attacker's own images hold {format_count(len(shared), 'test image')}, for example "
+            f"{own.ids[shared[0]]}: take them out"
         )
     if count != "all" and int(count) > len(own):
         return None
     total = len(own) if count == "all" else int(count)
     order = np.random.default_rng(seed).permutation(len(own))[:total]
-    held = max(1, total // VALIDATION_SHARE)
+    count_validation = max(1, total // VALIDATION_SHARE)
     # Every fifth, so that smaller validation sets are subsets of larger ones too.
-    validation = order[::VALIDATION_SHARE][:held]
+    validation = order[::VALIDATION_SHARE][:count_validation]
     train = np.array([i for i in order if i not in set(validation.tolist())])
     return Data(data.config, own.subset(train), own.subset(validation), data.test, pool.digest, data.notes)
 

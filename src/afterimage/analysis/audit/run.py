@@ -48,7 +48,7 @@ def run_audit(
     """Measure every condition that is not done yet, each into a folder below `root`.
 
     If a layer, a defence or an attacker fails with any error, it is listed in `failures` of the results, its
-    folders get the traceback, and the others go on.
+    folders get the traceback, and the others continue.
 
     Returns:
         the results of all conditions, including those of earlier calls
@@ -63,8 +63,8 @@ def run_audit(
     path, text = session.root / "audit.toml", dump_toml(config)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         session.note(
-            f"{printable_path(root)} held another audit: its cells are kept, its page, audit.json and "
-            "audit.toml replaced"
+            f"{printable_path(root)} held another audit: its measured conditions are kept; its page, "
+            "audit.json and audit.toml are replaced"
         )
     write_atomic(path, text)
     write_json(session.root / "environment.json", environment() | {"device": str(session.fabric.device)})
@@ -104,13 +104,13 @@ def _attackers(session: AuditSession) -> Iterator[tuple[int, Data]]:
         data = attacker_data(session.target.data, pool, count, session.config.seed)
         if data is None:
             have = len(pool.train) + len(pool.validation)
-            session.note(f"an attacker with {count} images was left out: there are {have} to own")
+            session.note(f"an attacker with {count} images was left out: the source has only {have} images")
         else:
             yield len(data.train) + len(data.validation), data
 
 
 def _measure_mean_image(session: AuditSession, condition: AuditCondition, data: Data) -> None:
-    """Measure the attacker without features, who answers with the mean of their own training images."""
+    """Measure the attacker without features, whose reconstruction is the mean of their own training images."""
     if not session.is_done(condition):
         session.create_folder(condition)
         started = time.monotonic()
@@ -151,8 +151,8 @@ def _audit_layer(session: AuditSession, layer: str, attackers: Mapping[int, Data
             defences = _fit_defences(session, layer, encoder, every)
             _measure_costs(session, layer, encoder, {t: defences[t] for t in unknown if t in defences}, costs)
             for count, conditions in wanted.items():
-                own = [condition for condition in conditions if condition.defence in defences]
-                attack_layer(session, layer, encoder, defences, attackers[count], own)
+                attacked = [condition for condition in conditions if condition.defence in defences]
+                attack_layer(session, layer, encoder, defences, attackers[count], attacked)
     for text, path in costs.items():
         with session.catch_failure(f"{layer}, {text}"):
             if path.exists():
@@ -172,12 +172,12 @@ def _fit_defences(
     spec, device = session.target.specs[layer], session.fabric.device
     images, batch_size = session.target.data.train, session.config.recipe.batch_size
     maps = calibration_features(DefendedFeatures(spec.source, [], encoder), images, device, batch_size)
-    found: dict[str, Defence] = {}
+    fitted: dict[str, Defence] = {}
     for text in session.config.defences:
-        own = [condition for condition in conditions if condition.defence == text]
-        with session.catch_failure(f"{layer}, {text}", own):
-            found[text] = _defence(session, text, spec).to(device).fit(maps)
-    return found
+        affected = [condition for condition in conditions if condition.defence == text]
+        with session.catch_failure(f"{layer}, {text}", affected):
+            fitted[text] = _defence(session, text, spec).to(device).fit(maps)
+    return fitted
 
 
 def _cost_file(session: AuditSession, layer: str, defence: str) -> Path:
@@ -201,7 +201,7 @@ def _measure_costs(
         chosen = [defences[text] for text in texts]
         try:
             if encoder is None:
-                raise CostUnavailable("a store holds no network to go on with")
+                raise CostUnavailable("a feature store holds no network whose output could be compared")
             costs = measure_cost(
                 whole_network(encoder, config.prediction),
                 chosen,

@@ -110,7 +110,7 @@ class AuditSession:
             "weights": asdict(target.weights) if target.weights else {},
             "image": list(target.image_size),
             "features": {k: [s.channels, s.height, s.width] for k, s in target.specs.items()},
-            "seen": {layer: asdict(seen) for layer in target.specs if (seen := target.seen(layer))},
+            "seen": {layer: asdict(seen) for layer in target.specs if (seen := target.visible_region(layer))},
             "data": asdict(target.data.describe()),
             "attacker_data": self.config.attackers.data or "the same source as the test images",
             "lpips": asdict(self.metrics.lpips_status),
@@ -191,7 +191,7 @@ class AuditSession:
         rows = [row | {k: int(v[i]) for k, v in columns.items()} for i, row in enumerate(rows)]
         worst, ssim = max(((row["id"], _max_ssim(row)) for row in rows), key=lambda pair: pair[1])
         candidates = len(galleries[""].originals)
-        seen = self.target.seen(layer) if layer else None
+        seen = self.target.visible_region(layer) if layer else None
         facts = AttackFacts(
             layer=layer,
             defence=condition.defence,
@@ -222,12 +222,12 @@ class AuditSession:
         run.set_state("done")
 
     def _gallery(self, layer: str) -> dict[str, Gallery]:
-        """Return galleries of the whole test images and, if a layer sees only a part, of that part."""
+        """Return galleries of the whole test images and, if it is only a part of them, of the visible region."""
         box = self.target.box(layer) if layer else None
-        for one in {None, box} - self._galleries.keys():
+        for region in {None, box} - self._galleries.keys():
             test = self.target.data.test
-            parts = [downscale(crop_to_box(test.crops(i), one)) for i in torch.arange(len(test)).split(16)]
-            self._galleries[one] = Gallery(torch.cat(parts).to(self.fabric.device), self.metrics.lpips)
+            parts = [downscale(crop_to_box(test.crops(i), region)) for i in torch.arange(len(test)).split(16)]
+            self._galleries[region] = Gallery(torch.cat(parts).to(self.fabric.device), self.metrics.lpips)
         galleries = {"": self._galleries[None]}
         return galleries if box is None else galleries | {VISIBLE_SUFFIX: self._galleries[box]}
 
@@ -274,7 +274,7 @@ class AuditSession:
 
 
 def _max_ssim(row: Mapping[str, Any]) -> float:
-    """Return the SSIM of a whole image or of its seen part, whichever is higher."""
+    """Return the SSIM of a whole image or of its visible region, whichever is higher."""
     part = row.get(f"ssim{VISIBLE_SUFFIX}")
     return row["ssim"] if part is None else max(row["ssim"], part)
 

@@ -52,7 +52,7 @@ class AuditTarget:
         image_size: `(height, width)` in pixels
         data: test images, and training images, on which defences are fitted
         attacker_pool: images that an attacker may own
-        notes: remarks for the audit's notes
+        notes: notes on the network and the images
         normalised: mean and std of a user's own network, which states them itself; None for any other
         failures: errors of the requested layers that cannot be read, by layer
     """
@@ -83,11 +83,11 @@ class AuditTarget:
         return _encoder(self.config, [layer])
 
     def box(self, layer: str) -> Box | None:
-        """Return the part of the images that a layer's locations see; None if they see all."""
+        """Return the box of an image that the receptive fields of a layer's locations cover; None if they cover all."""
         return visible_box([self.specs[layer]], self.image_size)
 
-    def seen(self, layer: str) -> VisibleRegion | None:
-        """Return that part with its share of all pixels and a description of the pixels that are not seen."""
+    def visible_region(self, layer: str) -> VisibleRegion | None:
+        """Return this box with its share of the pixels and a description of the pixels outside; None if it is all."""
         box = self.box(layer)
         if box is None:
             return None
@@ -205,8 +205,8 @@ def load_stored_pairs(
     """Open a store of features and images, and split it into pairs that an attacker may own and pairs to attack.
 
     Returns:
-        the images, with notes on how features were understood and a digest of the splits and all features; and the
-        store
+        the images, with notes on how the layout of features was interpreted, and a digest of splits and all features;
+        and the store
 
     Raises:
         AfterimageError: `open_store` raises it, or there are too few pairs

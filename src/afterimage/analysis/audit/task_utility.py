@@ -34,7 +34,9 @@ class CostUnavailable(Exception):
 
 @dataclass
 class ContinuedNetwork:
-    """Function from images in [0, 1] to a network's output, and the module whose output holds the features in `layout`.
+    """Network with a hooked module: a function from images in [0, 1] to the output, optionally with other features.
+
+    The features are those in the output of `module`, located there by `layout`.
 
     The `kind` of the network's output is `classes` or `embedding`.
     """
@@ -73,13 +75,13 @@ class ContinuedNetwork:
 
         The output is compared with that of other images whose layer output is replaced by the original one.
         """
-        kept: list[Any] = []
+        outputs: list[Any] = []
         handle = self.module.register_forward_hook(
-            lambda module, args, output: kept.append(tree_map_only(Tensor, torch.clone, output))
+            lambda module, args, output: outputs.append(tree_map_only(Tensor, torch.clone, output))
         )
         before = self(images)
         handle.remove()
-        other = self(images.flip(0).roll(1, 3), layer_output=kept[0])
+        other = self(images.flip(0).roll(1, 3), layer_output=outputs[0])
         return not torch.allclose(before, other, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
 
 
@@ -93,7 +95,9 @@ def whole_network(encoder: Encoder, prediction: str = "auto") -> ContinuedNetwor
     model, kind = _whole(encoder, prediction)
     if reorder(model, layer.module) is not None:
         name = encoder.model_name
-        raise CostUnavailable(f"{name} keeps its tokens in an order of its own, which cannot be put back")
+        raise CostUnavailable(
+            f"{name} keeps its tokens in its own order, which cannot be restored after a defence"
+        )
     mean, std = encoder.mean, encoder.std
     return ContinuedNetwork(
         lambda images: model(normalise(images, mean, std)),
@@ -171,12 +175,12 @@ def measure_cost(
         notes.append(
             "more than this layer's output reaches the end of the network; the rest goes on undefended"
         )
-    found = []
+    costs = []
     for defence, agreed, cosine in zip(defences, same, cosines, strict=True):
         extra = 4 * network.prefix * defence.spec.channels
         mean = mean_interval(np.array(cosine), (-1.0, 1.0))
         share = share_interval(np.array(agreed))
-        found.append(
+        costs.append(
             {
                 "kind": network.kind,
                 "score": interval_dict(share if network.kind == "classes" else mean),
@@ -187,7 +191,7 @@ def measure_cost(
                 "notes": notes,
             }
         )
-    return found
+    return costs
 
 
 def cost_without_network(defence: Defence, reason: str) -> dict[str, Any]:

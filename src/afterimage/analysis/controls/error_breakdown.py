@@ -106,7 +106,7 @@ class ErrorBreakdown:
         self._spectra: Tensor | float = 0.0
         self._variance: Tensor | float = 0.0
         self._error: Tensor | float = 0.0
-        self._place: Tensor | float = 0.0
+        self._error_map: Tensor | float = 0.0
 
     def add(self, ids: list[str], images: Images, outputs: Images, *features: Any) -> None:
         """Add a batch of originals `(B, 3, H, W)` in [0, 1] and their reconstructions; features are not used."""
@@ -121,9 +121,9 @@ class ErrorBreakdown:
                 zip((f"psnr_{p}" for p in PLANES), psnr_from_mse(error[i].mean((1, 2))).tolist(), strict=True)
             )
             for kind, name in enumerate(REGIONS):
-                here = kinds[i] == kind
-                row[f"share_{name}"] = float(here.double().mean())
-                row[f"mse_{name}"] = float(squared[i][here].mean()) if here.any() else None
+                mask = kinds[i] == kind
+                row[f"share_{name}"] = float(mask.double().mean())
+                row[f"mse_{name}"] = float(squared[i][mask].mean()) if mask.any() else None
             self.rows.append(row)
         pairs = ((planes, planes), (rebuilt, rebuilt), (planes, rebuilt), (rebuilt - planes,) * 2)
         self._spectra = self._spectra + torch.stack([cross_spectrum(*pair).sum(0).cpu() for pair in pairs])
@@ -131,7 +131,7 @@ class ErrorBreakdown:
         self._variance = self._variance + centred.square().mean((2, 3)).sum(0).cpu()
         self._error = self._error + error.mean((2, 3)).sum(0).cpu()
         size = tuple(min(CELLS, side) for side in squared.shape[-2:])
-        self._place = self._place + F.adaptive_avg_pool2d(squared, size).sum(0).cpu()
+        self._error_map = self._error_map + F.adaptive_avg_pool2d(squared, size).sum(0).cpu()
 
     def result(self) -> dict[str, Any]:
         """Return the content of `error_breakdown.json`: means over images, as plain JSON values.
@@ -152,7 +152,7 @@ class ErrorBreakdown:
                 name: {"variance": float(variance) / count, "error": float(error) / count}
                 for name, variance, error in zip(PLANES, self._variance, self._error, strict=True)
             },
-            "place": [_numbers(row) for row in (self._place / count).sqrt()],
+            "place": [_numbers(row) for row in (self._error_map / count).sqrt()],
             "regions": {
                 "window": WINDOW, "flat_below": FLAT_STD, "edge_from": EDGE_COHERENCE,
                 **{name: self._region(name) for name in REGIONS},

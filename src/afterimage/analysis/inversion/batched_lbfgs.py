@@ -14,10 +14,11 @@ HISTORY_SIZE = 10
 class LBFGS:
     """Limited-memory BFGS of one image (Nocedal & Wright 2006, algorithm 7.4), as a dialogue.
 
-    Evaluate at `trial`, `tell` what came out, evaluate at the next `trial`. Steps backtrack with quadratic
-    interpolation until the loss has fallen enough (Armijo, 1e-4). A pair without positive curvature is left out of
-    the memory. `torch.optim.LBFGS` would search along one line for the whole batch, and so let each image
-    depend on its mates; here each searches along its own, and every pass serves all of them.
+    The caller evaluates loss and gradient at `trial`, passes them to `update`, and repeats with the new `trial`. Steps
+    backtrack with quadratic interpolation until the loss has fallen enough (Armijo, 1e-4). A pair without positive
+    curvature is left out of the memory. `torch.optim.LBFGS` would search along one line for the whole batch, and so
+    let each image depend on the other images of the batch; here each image has its own line search, and one pass
+    evaluates all of them.
 
     The first step has a root mean square of `first` a parameter.
     """
@@ -30,7 +31,7 @@ class LBFGS:
         self._length = 1.0
 
     def update(self, loss: float, gradient: Tensor) -> None:
-        """Take in the loss and the gradient at `trial`."""
+        """Use the loss and the gradient at `trial` to choose the next one."""
         if math.isinf(self.loss):
             self.loss, self.gradient = loss, gradient
             return self._search()
@@ -65,7 +66,7 @@ class LBFGS:
         self.trial = self.point + self._length * self._direction
 
     def _compute_direction(self) -> Tensor:
-        """Minus the inverse Hessian's estimate times the gradient, by two loops over the remembered pairs."""
+        """Return minus the inverse Hessian's estimate times the gradient, by two loops over the remembered pairs."""
         direction, shares = -self.gradient, []
         # In place: a vector of an image's parameters is large enough that a new one costs more than its arithmetic.
         for moved, bent, curvature in reversed(self._pairs):

@@ -150,7 +150,7 @@ def _adam(
 def _lbfgs(
     form: Parametrisation, objective: Objective, config: InvertConfig, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Do the same with L-BFGS; each pass evaluates every image at the trial point of its own search."""
+    """Optimise with L-BFGS, one independent search for each image; yield what `_adam` yields."""
     initial = form.initial
     first = config.learning_rate or form.learning_rate
     searches = [LBFGS(row, first=first) for row in initial.flatten(1)]

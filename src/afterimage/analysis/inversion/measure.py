@@ -120,10 +120,10 @@ def measure(
     parts, seconds = torch.arange(len(image_set)).split(BATCH), 0.0
     for part in parts:
         images, ids = image_set.crops(part, device=device), [image_set.ids[i] for i in part.tolist()]
-        result, own = search_batch(
+        result, batch_curve = search_batch(
             search, images, ids, metrics, progress=progress, snapshot=snapshot, batches=batches
         )
-        curve += own
+        curve += batch_curve
         seconds += result.seconds
         losses += result.loss.tolist()
         # One memory layout for loaded and new batches, since sums depend on it.
@@ -161,9 +161,9 @@ def search_batch(
         snapshot: called with the best images so far at every step of the curve
         batches: store of finished batches; None to store nothing
     """
-    kept = batches.load(images) if batches else None
-    if kept is not None and (metrics is None or kept[1]):
-        return kept
+    stored = batches.load(images) if batches else None
+    if stored is not None and (metrics is None or stored[1]):
+        return stored
     curve: Curve = []
     for found in search(images, progress=progress):
         if metrics is None:
@@ -221,8 +221,8 @@ def bound_controls(
         return summarise(evaluate_batches(batches, ids, metrics)[0].rows)
 
     other = scores(found.roll(1, 0)) if len(ids) > 1 else None
-    alone = None if prior is None else scores(prior.to(device).expand_as(originals))
+    prior_scores = None if prior is None else scores(prior.to(device).expand_as(originals))
     gallery = Gallery(downscale(originals), metrics.lpips)
     hits = gallery.identify(downscale(found))
     distance = "lpips" if "lpips" in hits else "correlation"
-    return BoundControls(other, alone, float(hits[distance].mean()), distance, len(ids))
+    return BoundControls(other, prior_scores, float(hits[distance].mean()), distance, len(ids))

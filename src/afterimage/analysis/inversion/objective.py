@@ -23,7 +23,8 @@ FeatureFunction = Callable[[Images], Sequence[Tensor]]
 GREY, RANGE = 0.5, 0.5
 """Images lie in `GREY` ± `RANGE`: the paper's mean image and its B."""
 BF16_LOSS_RATIO = 30.0
-"""bfloat16 serves while the loss is this many times what its rounding makes: gradients are then right to a fifth.
+"""bfloat16 is used while the loss exceeds the loss that its rounding alone causes by this factor: the error of the
+gradients is then at most a fifth.
 
 More costs seconds and gives no better image in the same time (docs/LOG.md, what searches cost)."""
 NEIGHBOUR_DIFFERENCE = 0.01
@@ -69,13 +70,13 @@ def total_variation(images: Images, beta: float = 2.0) -> PerImage:
 
 
 class Objective:
-    """The loss of each image, and how far its features alone are off: `(loss, distance)`, both `(B,)`.
+    """Objective of a search: the loss of each image, and its feature distance alone: `(loss, distance)`, both `(B,)`.
 
     With the `whitening` of a decoder's errors the loss is the mean square of the whitened differences, 1 for an
     error as large as the decoder's, instead of the distance.
 
     In `bf16-mixed` the encoder runs in bfloat16 for an image whose loss is well above what the rounding alone makes
-    (measured at the start), and in float32 from there on, so that the answer is not limited by it.
+    (measured at the start), and in float32 from there on, so that rounding does not limit the result.
 
     Raises `AfterimageError` where targets and features differ in number or shape, or targets are not finite.
     """

@@ -1,4 +1,4 @@
-"""Invert features from a finished run's reconstructions or from grey; each answer becomes a run folder."""
+"""Invert features from a finished run's reconstructions or from grey; each kind of result becomes a run folder."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def invert_run(
 ) -> list[Run]:
     """Refine the reconstructions of a finished run until their features are those of the originals.
 
-    Each kind of answer becomes a run folder below `root`; those that are done are left alone, unless they were made
+    Each kind of result becomes a run folder below `root`; those that are done are left alone, unless they were made
     from another decoder, other weights or other images of the same names. The decoder's
     errors are learned from the first half of the validation images, at most `MAX_ERROR_IMAGES`; the others serve to
     choose the number of passes and to learn the best estimates.
@@ -100,8 +100,8 @@ def invert_run(
     sources, where = run.config.sources, weights or run.config.weights
     if not where:
         raise AfterimageError(
-            f"{run.name} was trained on stored features whose encoder nobody has named: a search takes images through "
-            "it again and again"
+            f"{run.name} was trained on stored features whose encoder is not recorded: an inversion runs images "
+            "through it again and again"
         )
     lpips = lpips or run.lpips_net
     common = {"data": inputs.config, "seed": seed, "lpips": lpips}
@@ -146,7 +146,7 @@ def is_current(
         weights: weights of the encoders
         data: facts about the images
         lpips: LPIPS of the scores; one that is unavailable makes nothing again
-        progress: callback that is told why a finished inversion is made again
+        progress: callback for the reason why a finished inversion is made again
     """
     if folder.state != "done":
         return False
@@ -201,10 +201,10 @@ def _from_decoder(
         errors, notes = None, [f"the decoder's errors are not known, natural images stand for them: {few}"]
     refinement = Refinement(reconstructor, method, errors, seed)
     made_for = _made_for(encoders, run.name, start["start_sha256"], inputs, metrics)
-    aside = folders["refined"].path / "validation"
+    validation_folder = folders["refined"].path / "validation"
     if method.held_out and validation is not None and method.optimizer == "lbfgs":
         if "refined" in missing:
-            batches, lpips = BatchCache(aside, [made_for, method.steps]), metrics.lpips_status
+            batches, lpips = BatchCache(validation_folder, [made_for, method.steps]), metrics.lpips_status
             steps = choose_passes(refinement, validation, batches, metrics, device, progress)
         else:
             finished = folders["refined"].result
@@ -217,28 +217,29 @@ def _from_decoder(
         notes.append(
             f"the number of passes, {steps} of at most {method.steps}, is the best in {what} for {images}"
         )
-    kept, learning = (
-        BatchCache(path, [made_for, refinement.method.steps]) for path in (folders["refined"].path, aside)
+    test_batches, validation_batches = (
+        BatchCache(path, [made_for, refinement.method.steps])
+        for path in (folders["refined"].path, validation_folder)
     )
     options |= {"start": start, "prior": prior}
     if folder := missing.get("refined"):
-        _run_inversion(folder, encoders, refinement, inputs, notes, kept, **options)
+        _run_inversion(folder, encoders, refinement, inputs, notes, test_batches, **options)
     if folder := missing.get("estimate"):
         if validation is None:
             raise AfterimageError(
                 f"{run.name}: a best estimate is learned from validation images, and there are none"
             )
         corrector, count = train_on_refined(
-            refinement, validation, estimate, learning, seed, device, progress
+            refinement, validation, estimate, validation_batches, seed, device, progress
         )
         images = format_count(count, "other validation image")
         steps = format_count(corrector_steps(estimate, count), "step")
         notes.append(f"learned from {images}, refined alike, in {steps}")
-        best = BestEstimate(refinement, corrector, kept)
+        best = BestEstimate(refinement, corrector, test_batches)
         # No batches of its own: the estimates start from those of the refinement.
         _run_inversion(folder, encoders, best, inputs, notes, None, **options)
-    kept.clear()
-    shutil.rmtree(aside, ignore_errors=True)
+    test_batches.clear()
+    shutil.rmtree(validation_folder, ignore_errors=True)
 
 
 def invert_sources(
@@ -309,19 +310,19 @@ def _run_inversion(
     measured = measure(
         search, inputs.images, metrics, device=device, progress=progress, snapshot=snapshot, batches=batches
     )  # fmt: skip
-    alone = None if prior is None else list(search.refine_features(prior))[-1].images
+    prior_image = None if prior is None else list(search.refine_features(prior))[-1].images
     steps = measured.curve[-1]["step"]
     took = f"{format_count(steps, 'pass', 'passes')} an inversion, {measured.seconds:.1f} s an image"
     facts = InversionFacts(
         steps=steps,
         seconds_per_image=measured.seconds,
         feature_loss=sum(row["feature_loss"] for row in measured.rows) / len(measured.rows),
-        controls=bound_controls(measured.images, metrics, alone, device=device),
+        controls=bound_controls(measured.images, metrics, prior_image, device=device),
         **start or {},
     )
     how = "best estimate" if config.estimate else "refined"
     name = f"{facts.start_decoder} + {how}" if start else "inversion"
-    found = Result(
+    result = Result(
         kind="inversion",
         label=f"{' + '.join(config.sources)} · {name}",
         config=config,
@@ -343,5 +344,5 @@ def _run_inversion(
     )
     folder.save_environment(environment() | {"device": device, "threads": torch.get_num_threads()})
     write_csv(folder.file("curve.csv"), measured.curve)
-    folder.save_result(found, measured.images)
+    folder.save_result(result, measured.images)
     folder.set_state("done")

@@ -239,7 +239,7 @@ class Tasks:
         """Wait a moment, show new messages, and return the tasks that have ended since the last call.
 
         Returns:
-            the number of each task with its answer, or with the error that ended it: `WorkerLost`, or one of the task
+            the number of each task with its result, or with the error that ended it: `WorkerLost`, or one of the task
         """
         time.sleep(POLL_SECONDS)
         running = list(self.running)

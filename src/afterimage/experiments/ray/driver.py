@@ -170,7 +170,7 @@ class Driver:
                 "sent": {} if job.shared else {run.name: _checkpoints(run) for run in job.runs},
                 "options": self.options,
             }
-            # The worker locks shared folders; otherwise this process keeps the locks until the answer arrives.
+            # The worker locks shared folders; otherwise this process keeps the locks until the outcome arrives.
             if job.shared:
                 self._release(job)
             else:

@@ -18,7 +18,7 @@ Map = Float[Tensor, "batch _ _ _"]
 
 @dataclass(frozen=True)
 class TransmissionCost:
-    """Cost of sending one image's features: number of values, bits of each, and total bits of their indices."""
+    """Cost of transmitting one image's features: number of values, bits per value, and total bits of their indices."""
 
     values: int
     bits: int = 32
@@ -239,8 +239,8 @@ class TopK(DefenceStep):
         return torch.where(kept, flat, torch.zeros_like(flat)).view_as(maps)
 
     def transmission_cost(self, cost: TransmissionCost) -> TransmissionCost:
-        places = min(self.k * math.ceil(math.log2(self.spec.values)), self.spec.values)
-        return TransmissionCost(self.k, cost.bits, places)
+        index_bits = min(self.k * math.ceil(math.log2(self.spec.values)), self.spec.values)
+        return TransmissionCost(self.k, cost.bits, index_bits)
 
 
 class PCA(DefenceStep):
@@ -321,7 +321,7 @@ class Pool(DefenceStep):
     beyond the image, and its position is known only if `image_size` is given.
     """
 
-    usage = "pool:SIZE (places a side, for example pool:2)"
+    usage = "pool:SIZE (locations a side, for example pool:2)"
     context = ("image_size",)
 
     def __init__(
