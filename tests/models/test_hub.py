@@ -212,7 +212,7 @@ def trusted(name):
         (lambda _: {MANIFEST: b'{"model_type": "bert"}'}, r"config\.json: its library_name is None, not 'afterimage'"),
         (lambda _: {MANIFEST: None}, r"it holds no config\.json"),
         (lambda _: {MANIFEST: b"[" * 10**5}, r"config\.json: it is not valid JSON"),
-        (trusted((f"{MODEL}:layer1".encode(), b"python/os:getcwd:layer1")), "python/os:getcwd is code of one's own"),
+        (trusted((f"{MODEL}:layer1".encode(), b"python/os:getcwd:layer1")), "python/os:getcwd is code that only you have"),
         (trusted((b'weights = "pretrained"', b'weights = "/etc/passwd"')), "its weights are '/etc/passwd'"),
     ],
 )  # fmt: skip
