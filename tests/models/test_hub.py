@@ -148,7 +148,7 @@ def test_several_decoders_lie_side_by_side(hub, runs, capsys):
         found = Reconstructor.from_pretrained(f"hub:{NAME}/{run.name}")
         assert torch.equal(found.reconstruct(images()), load_reconstructor(run).reconstruct(images()))
     with pytest.raises(
-        AfterimageError, match=rf"{NAME} is refused: it holds 2 decoders; name one .*{runs[0].name}"
+        AfterimageError, match=rf"{NAME} is refused: it holds 2 decoders; append the name of one .*{runs[0].name}"
     ):
         pull(NAME)
     commit = hub.repositories[NAME][-1][0]

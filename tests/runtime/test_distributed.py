@@ -181,7 +181,7 @@ def check_sampling(ranks):
     for among in (SINGLE_PROCESS, ranks):
         decoder = create_decoder("linear", [FeatureSpec("a:b", 4, 6, 6)], 12, seed=0)
         decoder.begin_fit(9, 3, among)
-        decoder._quota = 10
+        decoder._locations_per_view = 10
         for features, images in batches:
             own = among.rank_slice(len(images))
             decoder.partial_fit([features[own]], images[own])

@@ -241,7 +241,7 @@ def test_impossible_settings_are_errors(changes, message):
             lambda: AuditConfig(pairs="x.npz", attackers=AttackersConfig(threat_models=("white-box",))),
             "hold no weights",
         ),
-        (lambda: AuditConfig(pairs="x.npz", attackers=AttackersConfig(data="div2k")), "no encoder"),
+        (lambda: AuditConfig(pairs="x.npz", attackers=AttackersConfig(data="div2k")), "needs the encoder"),
     ],
 )
 def test_impossible_attackers_and_limits_are_errors(make, message):

@@ -110,7 +110,7 @@ def invert_run(
         configs.append(InversionConfig(sources, where, run.name, method, estimate=estimate, **common))
     if from_grey:
         configs.append(InversionConfig(sources, where, "", method, **common))
-    folders = {config.answer: Run.create(root, config) for config in configs}
+    folders = {config.result_kind: Run.create(root, config) for config in configs}
     metrics = Metrics(lpips, size=min(inputs.config.size))
     now = inputs.facts, metrics.lpips_status
     missing = {
