@@ -120,7 +120,9 @@ def test_bad_fusions_are_named():
     with pytest.raises(AfterimageError, match="takes 3 feature maps, got 2"):
         create_fusion(FusionConfig("concat", 4), EVEN)(maps(EVEN)[:2])
     config = RunConfig(("a:x", "b:y"), fusion=FusionConfig("attention"), decoder=DecoderConfig("linear"))
-    with pytest.raises(AfterimageError, match="'aligned', 'stacked' or 'sum', which have nothing to learn"):
+    with pytest.raises(
+        AfterimageError, match="'aligned', 'stacked' or 'sum', which have no parameters to train"
+    ):
         build_feature_decoder(config, EVEN[:2])
 
 
@@ -167,7 +169,7 @@ def test_a_fused_run_end_to_end(tmp_path, name, decoder):
 
 
 def test_weight_decay_spares_a_decoder_that_takes_none_and_nothing_else():
-    def decays(decoder):
+    def weight_decays(decoder):
         fusion = create_fusion(FusionConfig("concat", 6), EVEN)
         head = FeatureDecoder(create_decoder(decoder, [fusion.spec], 56, seed=0), fusion)
         groups = create_optimizer(head, RecipeConfig(weight_decay=0.01)).param_groups
@@ -176,5 +178,5 @@ def test_weight_decay_spares_a_decoder_that_takes_none_and_nothing_else():
         own = {held[p] for p in head.decoder.parameters() if p in held}
         return own, {held[p] for p in fusion.parameters()}
 
-    assert decays("residual") == ({0.0}, {0.01})
-    assert decays("transposed") == ({0.01}, {0.01})
+    assert weight_decays("residual") == ({0.0}, {0.01})
+    assert weight_decays("transposed") == ({0.01}, {0.01})
