@@ -148,7 +148,8 @@ def test_several_decoders_lie_side_by_side(hub, runs, capsys):
         found = Reconstructor.from_pretrained(f"hub:{NAME}/{run.name}")
         assert torch.equal(found.reconstruct(images()), load_reconstructor(run).reconstruct(images()))
     with pytest.raises(
-        AfterimageError, match=rf"{NAME} is refused: it holds 2 decoders; append the name of one .*{runs[0].name}"
+        AfterimageError,
+        match=rf"{NAME} is refused: it holds 2 decoders; append the name of one .*{runs[0].name}",
     ):
         pull(NAME)
     commit = hub.repositories[NAME][-1][0]
@@ -212,7 +213,7 @@ def trusted(name):
         (lambda _: {MANIFEST: b'{"model_type": "bert"}'}, r"config\.json: its library_name is None, not 'afterimage'"),
         (lambda _: {MANIFEST: None}, r"it holds no config\.json"),
         (lambda _: {MANIFEST: b"[" * 10**5}, r"config\.json: it is not valid JSON"),
-        (trusted((f"{MODEL}:layer1".encode(), b"python/os:getcwd:layer1")), "python/os:getcwd is code that only you have"),
+        (trusted((f"{MODEL}:layer1".encode(), b"python/os:getcwd:layer1")), "python/os:getcwd is code that only"),
         (trusted((b'weights = "pretrained"', b'weights = "/etc/passwd"')), "its weights are '/etc/passwd'"),
     ],
 )  # fmt: skip
