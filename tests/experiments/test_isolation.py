@@ -256,6 +256,7 @@ def test_what_frames_hold_is_let_go():
         assert held[0]() is None and "then" in "".join(traceback.format_exception(error))
 
 
+@pytest.mark.long
 def test_ranks_agree_on_what_one_of_them_raises(sample_images, cache, tmp_path):
     """A step on one rank only: the run ends on both, and the others are trained as without it."""
     configs = small_configs(sample_images)[:2]

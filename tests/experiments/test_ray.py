@@ -163,6 +163,7 @@ def names(run: Run) -> set[str]:
     return {path.relative_to(run.path).as_posix() for path in run.path.rglob("*")}
 
 
+@pytest.mark.long
 def test_whatever_raises_on_a_worker_ends_what_depends_on_it(
     nodes, cache, check_same, study, tmp_path, monkeypatch, unseen
 ):

@@ -187,6 +187,7 @@ def reporting(root, out, deaths):
     write_report(scan(root), out, title="Killed")
 
 
+@pytest.mark.long
 def test_killed_in_a_report_the_next_one_is_whole(tmp_path):
     """Every file is a whole one at any moment, and what the killed process left half written is taken away."""
     root, out = tmp_path / "study", tmp_path / "report"

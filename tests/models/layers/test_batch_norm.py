@@ -96,6 +96,7 @@ def test_a_last_batch_of_one_on_one_location_is_trained_and_noted(one):
     assert note.endswith("first in epoch 1") and not notes(other)
 
 
+@pytest.mark.long
 def test_ranks_come_to_the_same(cache, tmp_path):
     configs = [single(batch_size=1)[0], single()[0]]
     assert run_ranks(2, train_ranks, configs, tmp_path / "two", cache) == [0, 0]
