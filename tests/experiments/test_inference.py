@@ -12,6 +12,7 @@ from torchvision.models import squeezenet1_1
 
 from afterimage import Metrics, train_runs
 from afterimage.evaluation.baselines import run_baselines
+from afterimage.experiments import inference
 from afterimage.experiments.inference import evaluate_run
 from afterimage.runs.run import Run
 from children import MODEL, small_configs, small_images
@@ -110,3 +111,18 @@ def test_baselines_of_other_images_are_measured_again(place):
     run_baselines(data, place / "runs", **options)
     assert run.result.data.test_digest != before.data.test_digest
     assert run.result.data.test_images == len(run.result.per_image) > before.data.test_images
+
+
+def test_images_that_runs_share_are_looked_up_once(place, monkeypatch):
+    configs = small_configs(place / "images", str(place / "encoder.safetensors"), epochs=1)[1:]
+    options = {"cache": place / "cache", "accelerator": "cpu"}
+    train_runs(configs, place / "runs", **options)
+    asked, current = [], inference.current_digests
+
+    def counted(data, **given):
+        asked.append(data)
+        return current(data, **given)
+
+    monkeypatch.setattr(inference, "current_digests", counted)
+    train_runs(configs, place / "runs", **options)
+    assert len(configs) == 2 and asked == [configs[0].data]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -132,8 +133,10 @@ class Invert:
             if files:
                 inputs = from_files(files, resize=data.resize, crop=data.crop)
             else:
-                own = {"test": self.data, "limit_test": self.max_images} if self.data else {}
-                data = replace(data, **own or specified_options(self, limit_test="max_images"))
+                limit = specified_options(self, limit_test="max_images")
+                if self.data:
+                    limit = {"test": self.data, "limit_test": self.max_images}
+                data = replace(data, **limit)
                 inputs = from_data(data, cache=self.cache, progress=progress)
             folders += invert_run(
                 run, self.output_dir, method, inputs, from_grey=not self.refine_only, estimate=estimate,
@@ -164,9 +167,9 @@ class Invert:
         config = InversionConfig(encoders.sources, where, "", method, inputs.config, self.seed, lpips)
         folder = Run.create(self.output_dir, config)
         used = encoders.weights_of(encoders.sources)
-        metrics = Metrics(lpips, size=min(size))
-        if not is_current(folder, None, used, inputs.facts, metrics.lpips_status, progress=progress):
-            search = {"metrics": metrics, "seed": self.seed, "device": device, "progress": progress}
+        get_metrics = functools.cache(lambda: Metrics(lpips, size=min(size)))
+        if not is_current(folder, None, used, inputs.facts, lpips, get_metrics, progress=progress):
+            search = {"metrics": get_metrics(), "seed": self.seed, "device": device, "progress": progress}
             invert_sources(folder, encoders, method, inputs, **search)
         return folder
 

@@ -93,17 +93,15 @@ def load_test_images(
     own = _test_listing(config, folder, progress)
     (test,) = _images(own, config, folder, progress)
     notes = own.notes + _image_notes({SPLIT_NAMES[2]: test}, config.resize)
-    if not training:
-        _warn(notes)
-        return test, notes
-    try:
-        others = _training_listing(config, folder, progress)
-        images = _images(others, config, folder, progress)
-    except AfterimageError as error:
-        notes.append(f"it could not be checked whether a test image is also a training image: {error}")
-    else:
-        notes += check_copies([*others.parts, *own.parts], [*images, test])
-        notes += near_duplicates(Data(config, *images, test, digest=""), folder)
+    if training:
+        try:
+            others = _training_listing(config, folder, progress)
+            images = _images(others, config, folder, progress)
+        except AfterimageError as error:
+            notes.append(f"it could not be checked whether a test image is also a training image: {error}")
+        else:
+            notes += check_copies([*others.parts, *own.parts], [*images, test])
+            notes += near_duplicates(Data(config, *images, test, digest=""), folder)
     _warn(notes)
     return test, notes
 

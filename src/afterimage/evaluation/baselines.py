@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -123,20 +124,23 @@ def run_baselines(
                 write_failure(runs[name], error)
             clear_error_frames(error)
 
-    metrics = Metrics(lpips, size=min(data.size))
-    try:
-        test_digest = current_digests(data, cache=cache)[1]
-    except AfterimageError:  # raised again below if a baseline needs the images
-        test_digest = ""
+    get_metrics = functools.cache(lambda: Metrics(lpips, size=min(data.size)))
+
+    @functools.cache
+    def test_digest() -> str:
+        try:
+            return current_digests(data, cache=cache)[1]
+        except AfterimageError:  # raised again below if a baseline needs the images
+            return ""
 
     def is_current(run: Run) -> bool:
         if run.state != "done":
             return False
-        before = run.result
-        if test_digest not in ("", before.data.test_digest):
-            return False
-        same = (before.lpips.net, before.lpips.available) == (lpips, True)
-        return same or not (test_digest and metrics.lpips_status.available)
+        before, now = run.result, test_digest()
+        if not now:
+            return True
+        has_lpips = before.lpips.is_by(lpips) or not get_metrics().lpips_status.available
+        return has_lpips and now == before.data.test_digest
 
     with contextlib.ExitStack() as stack:
         missing = []
@@ -148,6 +152,7 @@ def run_baselines(
                         missing.append(name)
         if missing:
             with recorded(*missing):
+                metrics = get_metrics()
                 loaded = load_data(data, cache=cache, progress=progress)
 
                 def measure(which: list[str]) -> None:

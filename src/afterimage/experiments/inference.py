@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from afterimage.config import AfterimageError, RunConfig, dump_toml, join_names
+from afterimage.config import AfterimageError, DataConfig, RunConfig, dump_toml, join_names
 from afterimage.data.dataset import current_digests, load_data, load_test_images, prepare_image
 from afterimage.evaluation.evaluate import VISIBLE_SUFFIX, Box, Evaluation, evaluate, summarise, to_uint8
 from afterimage.evaluation.metrics import Metrics
@@ -22,44 +23,13 @@ from afterimage.models.encoders.providers import open_network
 from afterimage.models.weight_files import load_decoder
 from afterimage.runs.files import write_atomic, write_image
 from afterimage.runs.lock import hold_lock
-from afterimage.runs.results import CONFIG, write_result
+from afterimage.runs.results import CONFIG, Result, write_result
 from afterimage.runs.run import Run
 from afterimage.runtime.device import create_single_device_fabric
 from afterimage.runtime.terminal import Progress, no_progress
 from afterimage.training.checkpoint import load_reconstructor
 
 logger = logging.getLogger("afterimage")
-
-
-def changes_since(run: Run, *, cache: Path | None = None) -> list[str]:
-    """Return what a finished decoder was made from that is different now: images, and weights of its encoders.
-
-    Args:
-        run: the run
-        cache: folder of digests; None for the default
-
-    Raises:
-        AfterimageError: images or weights are not available, or a decoder from outside this package has other code
-    """
-    result = run.result
-    config, then = result.config, result.data
-    if code := decoder_digest(config.decoder.name):
-        load_decoder(run.file("decoder.safetensors"), {"code": code})
-    now, _ = current_digests(config.data, cache=cache)
-    changes = [] if now == then.digest else [f"images (digest {then.digest[:12]} then, {now[:12]} now)"]
-    for before in result.weights:
-        if config.features is not None:
-            continue
-        network = open_network(before.model)
-        digests = {"code": (before.code, network.code)}
-        if not before.is_random:
-            digests["weights"] = before.sha256, network.find_weights(config.weights).sha256
-        changes += [
-            f"{what} of {before.model} (digest {old[:12]} then, {new[:12]} now)"
-            for what, (old, new) in digests.items()
-            if old != new
-        ]
-    return changes
 
 
 def review_finished(
@@ -71,54 +41,88 @@ def review_finished(
 ) -> None:
     """Warn of finished runs that would come out differently now, and measure the LPIPS that others lack.
 
+    Images, weights and LPIPS networks that runs share are looked up once.
+
     Args:
         runs: the runs, each with the configuration that was asked for now
         cache, accelerator, progress: as for `queue.train_runs`
     """
+    get_digest = functools.cache(lambda data: current_digests(data, cache=cache)[0])
+    get_weights = functools.cache(lambda model, weights: open_network(model).find_weights(weights).sha256)
+    get_metrics = functools.cache(lambda net, side: Metrics(net, size=side))
     unknown: dict[str, list[str]] = {}
     for run, config in runs.items():
         try:
-            lpips = run.result.lpips
-            if changes := changes_since(run, cache=cache):
+            result = run.result
+            if changes := _changes(run, result, get_digest, get_weights):
                 logger.warning(
                     "%s was made from other %s: its scores are those of then. To train it again, remove its folder or "
                     "choose another --output-dir",
                     run.name,
                     " and ".join(changes),
                 )
-            elif (lpips.net, lpips.available) != (config.lpips, True):
-                measure_lpips(run, config.lpips, cache=cache, accelerator=accelerator, progress=progress)
+            elif not result.lpips.is_by(config.lpips):
+                metrics = get_metrics(config.lpips, min(config.data.size))
+                if metrics.lpips_status.available:
+                    measure_lpips(run, metrics, cache=cache, accelerator=accelerator, progress=progress)
         except AfterimageError as error:
             unknown.setdefault(str(error), []).append(run.name)
     for error, names in unknown.items():
         logger.warning("whether %s would come out the same now is not known: %s", join_names(names), error)
 
 
+def _changes(
+    run: Run,
+    result: Result,
+    get_digest: Callable[[DataConfig], str],
+    get_weights: Callable[[str, str], str],
+) -> list[str]:
+    """Return what a finished decoder was made from that is different now: images, weights or code of its encoders.
+
+    Args:
+        run: the run
+        result: its result
+        get_digest: returns the digest of the images of a data configuration
+        get_weights: returns the digest of a model's weights, by its name and the setting `weights`
+
+    Raises:
+        AfterimageError: images or weights are not available, or a decoder from outside this package has other code
+    """
+    config = result.config
+    if code := decoder_digest(config.decoder.name):
+        load_decoder(run.file("decoder.safetensors"), {"code": code})
+    digests = {"images": (result.data.digest, get_digest(config.data))}
+    for before in result.weights if config.features is None else ():
+        digests[f"code of {before.model}"] = before.code, open_network(before.model).code
+        if not before.is_random:
+            digests[f"weights of {before.model}"] = before.sha256, get_weights(before.model, config.weights)
+    return [
+        f"{what} (digest {then[:12]} then, {now[:12]} now)"
+        for what, (then, now) in digests.items()
+        if then != now
+    ]
+
+
 def measure_lpips(
     run: Run,
-    net: str,
+    metrics: Metrics,
     *,
     cache: Path | None = None,
     accelerator: str = "auto",
     progress: Progress = no_progress,
-) -> bool:
+) -> None:
     """Measure a finished run's LPIPS with another network, and store it in the run's folder; other scores stay.
 
     Args:
         run: the run
-        net: `alex`, `vgg` or `squeeze`
+        metrics: metrics with that network, which is available
         cache, accelerator, progress: as for `queue.train_runs`
-
-    Returns:
-        False if the network's weights are not available; nothing is changed then
 
     Raises:
         AfterimageError: the run's images or weights are not available, or its folder cannot be written
     """
-    metrics = Metrics(net, size=min(run.config.data.size))
-    if not metrics.lpips_status.available:
-        return False
-    progress(f"{run.name}: LPIPS ({net}) is measured", 1, 1)
+    status = metrics.lpips_status
+    progress(f"{run.name}: LPIPS ({status.net}) is measured", 1, 1)
     with hold_lock(run.path, lambda text: progress(text, 1, 1)):
         result = run.result
         box = visible_box([layer.spec for layer in result.features], result.config.data.size)
@@ -128,17 +132,12 @@ def measure_lpips(
             row | {name: value for name, value in new.items() if name.startswith("lpips")}
             for row, new in zip(result.per_image, found.rows, strict=True)
         ]
-        scores = {**result.scores, "lpips": summarise(rows)["lpips"]}
-        seen = result.scores_seen and {
-            **result.scores_seen,
-            "lpips": summarise(rows, VISIBLE_SUFFIX)["lpips"],
-        }
-        changed = replace(
-            result, lpips=metrics.lpips_status, scores=scores, scores_seen=seen, per_image=tuple(rows)
-        )
-        write_atomic(run.file(CONFIG), dump_toml(replace(result.config, lpips=net)))
-        write_result(run.path, changed)
-    return True
+        changes: dict[str, Any] = {"scores": {**result.scores, "lpips": summarise(rows)["lpips"]}}
+        if result.scores_seen:
+            visible = summarise(rows, VISIBLE_SUFFIX)["lpips"]
+            changes["scores_seen"] = {**result.scores_seen, "lpips": visible}
+        write_atomic(run.file(CONFIG), dump_toml(replace(result.config, lpips=status.net)))
+        write_result(run.path, replace(result, lpips=status, per_image=tuple(rows), **changes))
 
 
 def evaluate_run(

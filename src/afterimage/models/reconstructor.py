@@ -326,14 +326,11 @@ def _check_same_weights(run: Run, encoders: FeatureSource) -> None:
     """Raise an `AfterimageError` that names the network if the encoders have other weights or code than the run had."""
     if not run.has_result:
         return
-    recorded = {weights.model: weights for weights in run.result.weights}
-    for weights in encoders.weights_of(encoders.sources):
-        before = recorded.get(weights.model, weights)
-        if before.identity != weights.identity:
-            raise AfterimageError(
-                f"run {run.name} was trained on weights of {weights.model} with {_describe_weights(before)}, but these "
-                f"have {_describe_weights(weights)}"
-            )
+    for before, now in run.result.other_weights(encoders.weights_of(encoders.sources)):
+        raise AfterimageError(
+            f"run {run.name} was trained on weights of {now.model} with {_describe_weights(before)}, but these have "
+            f"{_describe_weights(now)}"
+        )
 
 
 def _describe_weights(weights: WeightsRecord) -> str:

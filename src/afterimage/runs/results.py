@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -171,6 +171,10 @@ class LpipsStatus:
     available: bool = False
     reason: str | None = None
     weights: WeightsRecord | None = None
+
+    def is_by(self, net: str) -> bool:
+        """Return whether LPIPS was measured, and by this network."""
+        return self.available and self.net == net
 
 
 @dataclass(frozen=True)
@@ -428,6 +432,12 @@ class Result:
     def settings(self) -> dict[str, Any]:
         """Configuration as plain values, without settings that are None."""
         return {} if self.config is None else to_dict(self.config)
+
+    def other_weights(self, weights: Iterable[WeightsRecord]) -> list[tuple[WeightsRecord, WeightsRecord]]:
+        """Return the recorded weights of each network for which `weights` are others, with those others."""
+        recorded = {own.model: own for own in self.weights}
+        pairs = ((recorded.get(now.model, now), now) for now in weights)
+        return [(before, now) for before, now in pairs if before.identity != now.identity]
 
     def values(self, column: str) -> dict[str, float]:
         """Return one column of `per_image` by image id, without images that have no value."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,6 @@ from afterimage.runs.files import sha256, write_csv, write_image
 from afterimage.runs.results import (
     DataFacts,
     InversionFacts,
-    LpipsStatus,
     Result,
     StartDecoder,
     WeightsRecord,
@@ -111,17 +111,18 @@ def invert_run(
     if from_grey:
         configs.append(InversionConfig(sources, where, "", method, **common))
     folders = {config.result_kind: Run.create(root, config) for config in configs}
-    metrics = Metrics(lpips, size=min(inputs.config.size))
-    now = inputs.facts, metrics.lpips_status
+    get_metrics = functools.cache(lambda: Metrics(lpips, size=min(inputs.config.size)))
+    weights_then = run.result.weights if run.has_result else ()
+    now = weights_then, inputs.facts, lpips, get_metrics
     missing = {
         answer: folder
         for answer, folder in folders.items()
-        if not (run.has_result and is_current(folder, run, run.result.weights, *now, progress=progress))
+        if not (run.has_result and is_current(folder, run, *now, progress=progress))
     }
     if not missing:
         return list(folders.values())
     reconstructor = load_reconstructor(run, weights=where).to(device)
-    options: dict[str, Any] = {"metrics": metrics, "device": device, "progress": progress}
+    options: dict[str, Any] = {"metrics": get_metrics(), "device": device, "progress": progress}
     if missing.keys() & {"refined", "estimate"}:
         _from_decoder(run, folders, missing, reconstructor, method, inputs, estimate, seed, **options)
     if folder := missing.get("inversion"):
@@ -134,7 +135,8 @@ def is_current(
     start: Run | None,
     weights: Sequence[WeightsRecord],
     data: DataFacts,
-    lpips: LpipsStatus,
+    lpips: str,
+    get_metrics: Callable[[], Metrics],
     *,
     progress: Progress = no_progress,
 ) -> bool:
@@ -145,22 +147,20 @@ def is_current(
         start: run of the decoder, which an inversion from grey does not read
         weights: weights of the encoders
         data: facts about the images
-        lpips: LPIPS of the scores; one that is unavailable makes nothing again
+        lpips: LPIPS network of the scores; one that is unavailable makes nothing again
+        get_metrics: returns the metrics of that network; called only if the inversion was not measured by it
         progress: callback for the reason why a finished inversion is made again
     """
     if folder.state != "done":
         return False
     result = folder.result
-    before = {used.model: used.identity for used in result.weights}
     differs = {
         "another decoder": bool(result.inversion.start)
         and result.inversion.start_sha256 != sha256(start.file("decoder.safetensors")),
-        "other weights of the encoder": any(
-            before.get(used.model, used.identity) != used.identity for used in weights
-        ),
+        "other weights of the encoder": bool(result.other_weights(weights)),
         "other images": result.data.digest != data.digest,
-        "another LPIPS network, or none": lpips.available
-        and (result.lpips.net, result.lpips.available) != (lpips.net, True),
+        "another LPIPS network, or none": not result.lpips.is_by(lpips)
+        and get_metrics().lpips_status.available,
     }
     changed = [name for name, different in differs.items() if different]
     if changed:

@@ -121,8 +121,8 @@ def judge(results: AuditResults, limits: LimitsConfig) -> Verdict:
     Of several attackers and distances the worst counts: one that is shown to leak, else one that is not shown
     to be safe, and among equals the one with the highest decisive end of its interval. Where a layer's
     locations do not see the whole image, the worse of two measurements counts: of whole images, and of the
-    seen part alone. What was brought back from behind a longer chain of defences counts too, since whoever gets
-    `pca:8`, or undefended features, can apply the rest of `pca:8+int8` to them. Where an attacker could not be
+    seen part alone. What was brought back from behind a longer chain of defences counts too, since an attacker who
+    gets `pca:8`, or undefended features, can apply the rest of `pca:8+int8` to them. Where an attacker could not be
     measured, a layer and its defence are never within limits.
     """
     attacks = group_by(results.rows, lambda row: (row.layer, row.defence))
